@@ -1,0 +1,92 @@
+"""The native boundary: reads native/abi.h, opens libraries, fills argument structs.
+
+The only module that imports cffi. The header is the single description of structs, constants and functions; nothing
+of it is repeated here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cffi
+import ml_dtypes
+import numpy as np
+
+from engine.errors import RillError
+
+if TYPE_CHECKING:
+    from engine.plan import Node
+
+LIBRARIES = Path(__file__).parent / "_native"
+ISAS = ("baseline", "avx2", "avx512f", "avx512_vnni", "avx512_bf16")  # the best last
+
+FLOAT32 = np.dtype(np.float32)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+
+
+def _header() -> str:
+    """abi.h: in native/ in a checkout, beside the libraries where the package is installed."""
+    checkout = Path(__file__).parent.parent / "native" / "abi.h"
+    return (checkout if checkout.exists() else LIBRARIES / "abi.h").read_text()
+
+
+ffi = cffi.FFI()
+ffi.cdef(_header())
+constants: Any = ffi.dlopen(None)  # the enums of abi.h as attributes: constants.PAGE
+
+DTYPE_CODES = {FLOAT32: constants.DTYPE_F32, BFLOAT16: constants.DTYPE_BF16, FLOAT16: constants.DTYPE_F16}
+
+
+def struct_dtype(name: str) -> np.dtype:
+    """The NumPy dtype of a struct of numbers in abi.h."""
+    struct = ffi.typeof(f"struct {name}")
+    kinds = {"int32_t": "i4", "int64_t": "i8", "uint64_t": "u8", "float": "f4", "double": "f8"}
+    fields = [(field, kinds[info.type.cname], info.offset) for field, info in struct.fields]
+    names, formats, offsets = zip(*fields, strict=True)
+    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": ffi.sizeof(struct)})
+
+
+def open_library(isa: str) -> Any:
+    """The library for one ISA, opened privately, so that several can live in one process."""
+    path = LIBRARIES / f"libengine_{isa}.so"
+    if not path.exists():
+        raise RillError(f"{path.name} is not built: run `make native` (or reinstall with a C compiler)")
+    library = ffi.dlopen(str(path), ffi.RTLD_NOW | ffi.RTLD_LOCAL)
+    for name in ffi.list_types()[1]:
+        if name != "worker" and library.struct_size(name.encode()) != ffi.sizeof(f"struct {name}"):
+            raise RillError(f"{path.name} was built from another abi.h (struct {name} differs): run `make native`")
+    return library
+
+
+def address(array: np.ndarray) -> int:
+    """Where an array's data starts."""
+    return array.__array_interface__["data"][0]
+
+
+def fill_struct(node: Node, pointer_of: Any) -> Any:
+    """The C argument struct of a node, by the naming rule of abi.h.
+
+    `pointer_of(tensor)` gives a tensor's address on the device. Raises RillError where node and struct do not match.
+    """
+    struct = ffi.new(f"struct {node.op.name} *")
+    used = set()
+    for field, info in ffi.typeof(f"struct {node.op.name}").fields:
+        tensor_name, _, attribute = field.rpartition("_")
+        if field in node.tensors:
+            setattr(struct, field, ffi.cast(info.type, pointer_of(node.tensors[field])))
+            used.add(field)
+        elif field in node.scalars:
+            setattr(struct, field, node.scalars[field])
+            used.add(field)
+        elif field == "rows":
+            setattr(struct, field, ffi.cast(info.type, pointer_of(node.rows)))
+        elif tensor_name in node.tensors and attribute in ("width", "stride", "dtype"):
+            tensor = node.tensors[tensor_name]
+            setattr(struct, field, DTYPE_CODES[tensor.dtype] if attribute == "dtype" else getattr(tensor, attribute))
+        elif info.type.kind != "pointer":  # an absent tensor stays NULL
+            raise RillError(f"{node.op.name}: nothing to fill abi.h's field {field} with")
+    if unknown := (node.tensors.keys() | node.scalars.keys()) - used:
+        raise RillError(f"{node.op.name}: abi.h has no field {', '.join(sorted(unknown))}")
+    return struct

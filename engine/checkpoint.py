@@ -1,0 +1,212 @@
+"""The weights of a model: what its files hold, and where in them.
+
+Everything is checked when a Checkpoint is made, before any weight is read or memory for one is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+from engine.errors import RillError
+from engine.json_file import brief, one_line, parse_object
+from engine.model_files import find_weights, local_path, read_index
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+STORED_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+)
+_HARMLESS_SUFFIX = ".rotary_emb.inv_freq"  # a buffer that old exports saved; it follows from the config
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `nbytes` bytes, row-major, at an absolute `offset` that need not be aligned.
+
+    `dtype` is "F32", "F16" or "BF16"; other names of the format occur, but `Checkpoint.take` refuses them.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    def read(self) -> npt.NDArray[Any]:
+        """The array in its stored dtype. Raises RillError where the file has become shorter or unreadable.
+
+        It is read, not mapped: a mapping of a file that is cut short later ends the process (SIGBUS).
+        """
+        data = np.empty(self.nbytes, np.uint8)
+        _read_into(self.file, self.offset, data.data)
+        return data.view(STORED_DTYPES[self.dtype]).reshape(self.shape)
+
+
+class Checkpoint:
+    """The tensors of a model, by name.
+
+    `model` is a directory, a hub name, a `.safetensors` file or an index file. In a directory, the index
+    decides where there is one, else `model.safetensors` is read; no other file is ever looked into. Tensors
+    that lie in a shard without being in the index are visible, as in transformers; but where the index
+    places a tensor, a second copy in another shard is not.
+
+    >>> checkpoint = Checkpoint("models/tiny-qwen3")
+    >>> norm = checkpoint.take("model.norm.weight", (hidden_size,)).read()
+    >>> checkpoint.finish()
+    """
+
+    def __init__(self, model: str | Path) -> None:
+        path = local_path(model)
+        self.directory = path if path.is_dir() else path.parent
+        self.config_path = self.directory / "config.json"
+        self.weights_path = find_weights(path)
+        if self.weights_path.suffix == ".json":
+            tensors = _read_shards(self.weights_path)
+        else:
+            tensors = read_header(self.weights_path)
+        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
+        self._signatures = {file: _signature(file) for file in {t.file for t in tensors.values()}}
+        self._taken: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def take(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """The tensor a model needs, marked as used; it may be taken again (tied embeddings).
+
+        Raises RillError where it is absent, has another shape, or is not a float of 16 or 32 bits.
+        """
+        tensor = self.tensors.get(name)
+        expected = list(shape)
+        if tensor is None:
+            raise RillError(f"{self.weights_path}: tensor {name!r} of shape {expected} is missing")
+        found = list(tensor.shape)
+        if found != expected:
+            problem = f"has shape {found}, but the config asks for {expected}"
+            raise RillError(f"{tensor.file}: tensor {name!r} {problem}")
+        if tensor.dtype not in STORED_DTYPES:
+            problem = f"has dtype {tensor.dtype}, which is not one of {', '.join(STORED_DTYPES)}"
+            raise RillError(f"{tensor.file}: tensor {name!r} {problem}")
+        self._taken.add(name)
+        return tensor
+
+    def finish(self, ignore: Collection[str] = ()) -> None:
+        """To be called when all weights have been read. Raises RillError where tensors are left over that are
+        neither in `ignore` nor known to be harmless, or where a file has changed since it was checked."""
+        unused = [n for n in self.tensors if n not in self._taken and n not in ignore]
+        unused = [n for n in unused if not n.endswith(_HARMLESS_SUFFIX)]
+        if unused:
+            more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
+            names = ", ".join(map(brief, unused[:4])) + more
+            raise RillError(f"{self.weights_path}: holds tensors that the model does not use: {names}")
+        for file, signature in self._signatures.items():
+            if _signature(file) != signature:
+                raise RillError(f"{file}: has changed while it was read")
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    shards, placed = read_index(index)
+    for shard in shards:
+        if not shard.exists():
+            raise RillError(f"{shard}: no such file, though {index.name} names it")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for name, tensor in read_header(shard).items():
+            if placed.get(name, shard) != shard:
+                continue
+            if name in tensors:
+                problem = f"is in {tensors[name].file.name} too, and {index.name} does not say which counts"
+                raise RillError(f"{shard}: tensor {brief(name)} {problem}")
+            tensors[name] = tensor
+    for name, shard in placed.items():
+        if name not in tensors:
+            raise RillError(f"{shard}: has no tensor {brief(name)}, though {index.name} places it there")
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds. Raises RillError for any file that is not wholly valid.
+
+    The library validates (sizes, offsets without hole or overlap, dtypes, shapes), without telling where
+    data lies; so the header is parsed again here, which also refuses keys that appear twice.
+    """
+    size = _signature(file)[1]
+    length = _header_length(file, size)
+    _validate(file)
+    header = bytearray(length)
+    _read_into(file, 8, memoryview(header))
+    entries = parse_object(bytes(header), f"{file}: the header")
+    entries.pop("__metadata__", None)
+    try:
+        return {name: _stored(file, name, entry, 8 + length, size) for name, entry in entries.items()}
+    except (KeyError, TypeError, ValueError):  # not what was validated a moment ago
+        raise RillError(f"{file}: has changed while it was read") from None
+
+
+def _validate(file: Path) -> None:
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except Exception as error:
+        reason = one_line(str(error).removeprefix("Error while deserializing header: "))
+        raise RillError(f"{file}: is not a valid safetensors file: {reason}") from None
+
+
+def _header_length(file: Path, size: int) -> int:
+    if size < 8:
+        raise RillError(f"{file}: is not a safetensors file: it has only {size} bytes")
+    prefix = bytearray(8)
+    _read_into(file, 0, memoryview(prefix))
+    length = int.from_bytes(prefix, "little")
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        problem = f"its header claims {length:,} bytes of the file's {size:,} (at most {MAX_HEADER_BYTES:,})"
+        raise RillError(f"{file}: is not a valid safetensors file: {problem}")
+    return length
+
+
+def _stored(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> StoredTensor:
+    """One entry of a header, whose data section begins at `data`. Bounds are checked once more, so that
+    readers stay inside the file even if it was replaced between the two parses."""
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    nbytes, dtype = end - begin, STORED_DTYPES.get(entry["dtype"])
+    if not 0 <= begin <= end <= size - data or dtype and nbytes != math.prod(shape) * dtype.itemsize:
+        raise RillError(f"{file}: tensor {brief(name)} does not fit its place in the file")
+    return StoredTensor(name, entry["dtype"], shape, file, data + begin, nbytes)
+
+
+def _signature(file: Path) -> tuple[int, int, int]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise RillError(f"{file}: cannot be read: {error}") from None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_into(file: Path, offset: int, target: memoryview) -> None:
+    """Fill `target` with the file's bytes from `offset`; a file that ends early raises RillError."""
+    try:
+        with file.open("rb", buffering=0) as opened:
+            while len(target):
+                count = os.preadv(opened.fileno(), [target], offset)
+                if not count:
+                    raise RillError(f"{file}: ends {len(target):,} bytes early; has it been cut short?")
+                target, offset = target[count:], offset + count
+    except OSError as error:
+        raise RillError(f"{file}: cannot be read: {error}") from None

@@ -1,0 +1,107 @@
+"""What a device is. Each one lives in a file of this folder named after its type and is found by that name."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import RillError, UsageError
+
+if TYPE_CHECKING:
+    from engine.layer import Weight
+    from engine.plan import Plan, Tensor
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class TokenError(RillError):
+    """A row of the step holds a token id outside the vocabulary."""
+
+
+class NotFiniteError(RillError):
+    """Row `row` of the logits holds NaN or infinity."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"logits row {row} is not finite")
+        self.row = row
+
+
+class Cancelled(Exception):
+    """The replay was stopped by Device.cancel; its step did not happen."""
+
+
+class Program(ABC):
+    """A lowered plan."""
+
+    @abstractmethod
+    def run(self, first: int, last: int) -> None:
+        """Replays nodes [first, last). Raises TokenError, NotFiniteError or Cancelled."""
+
+
+class Device(ABC):
+    """Allocates, uploads, lowers and replays. How it lays out a tensor is its secret."""
+
+    type: str
+    description: str  # one phrase for people: what was chosen and why
+
+    @abstractmethod
+    def allocate(self, tensors: Sequence[Tensor]) -> None:
+        """One zeroed buffer, large enough for the largest, that all these tensors share."""
+
+    @abstractmethod
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
+        """Reads weights into the device's own layout. Raises RillError naming the source that cannot be read."""
+
+    @abstractmethod
+    def weight_bytes(self, weight: Weight) -> int:
+        """Bytes that `load` will take for a weight."""
+
+    @abstractmethod
+    def cache_bytes(self, dtype: np.dtype, head_dim: int) -> int:
+        """Bytes of one page of one KV head."""
+
+    @abstractmethod
+    def upload(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Gives a tensor storage, unless it has some, and these values."""
+
+    @abstractmethod
+    def download(self, tensor: Tensor) -> np.ndarray:
+        """A copy of the logical array, of a row tensor the rows of the last step."""
+
+    @abstractmethod
+    def share(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Makes a tensor of an array that the host goes on writing into between replays: the step."""
+
+    @abstractmethod
+    def lower(self, plan: Plan) -> Program:
+        """Binds a plan whose tensors have storage."""
+
+    @abstractmethod
+    def cancel(self, flag: bool) -> None:
+        """Stops the replay that is running (True), or allows replays again (False). From any thread."""
+
+
+def device_types() -> list[str]:
+    """The devices that this installation has code for."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+
+
+def open_device(type: str = "auto", *, isa: str = "auto", threads: int | None = None) -> Device:
+    """Opens a device. "auto" is the CPU, or NumPy where the native libraries have not been built."""
+    if type == "auto":
+        type = "cpu" if importlib.import_module("engine.device.cpu").available_isas() else "numpy"
+    if type not in device_types():
+        raise UsageError(f"device {type!r}: expected auto or one of {', '.join(device_types())}")
+    device: Any = importlib.import_module(f"engine.device.{type}").open(isa=isa, threads=threads)
+    return device
+
+
+@cache
+def default_device() -> Device:
+    return open_device()

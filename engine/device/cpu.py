@@ -1,0 +1,300 @@
+"""The CPU device: packs weights for the kernels and replays a whole plan in one native call."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine import abi, machine
+from engine.device import Cancelled, Device, NotFiniteError, Program, Progress, TokenError
+from engine.errors import RillError, UsageError
+
+if TYPE_CHECKING:
+    from engine.layer import Weight
+    from engine.plan import Plan, Tensor
+
+HUGE_PAGE = 2 << 20
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+SLICE = 4096  # rows of a matrix that the oracle sees unpacked at once
+
+
+def available_isas() -> list[str]:
+    """The ISAs that have been built and that this CPU and operating system run, best last."""
+    if not (abi.LIBRARIES / "libengine_baseline.so").exists():
+        return []
+    baseline = abi.open_library("baseline")
+    built = [isa for isa in abi.ISAS if (abi.LIBRARIES / f"libengine_{isa}.so").exists()]
+    return [isa for isa in built if baseline.isa_supported(isa.encode())]
+
+
+def choose_isa(wanted: str) -> tuple[str, str]:
+    """The ISA to open and why. "avx512" means the best of its family, RILL_ISA stands below an explicit choice."""
+    why = "asked for"
+    if wanted == "auto":
+        wanted, why = os.environ.get("RILL_ISA", "auto"), "from RILL_ISA"
+    available = available_isas()
+    if not available:
+        raise RillError("the native libraries have not been built: run `make native`, or use device='numpy'")
+    if wanted == "auto":
+        return available[-1], "the best here"
+    family = [isa for isa in available if isa.startswith(wanted)] if wanted == "avx512" else []
+    if family:
+        return family[-1], why
+    if wanted not in available:
+        raise UsageError(f"isa {wanted!r}: this machine has {', '.join(available)}")
+    return wanted, why
+
+
+def choose_threads(wanted: int | None) -> tuple[int, str]:
+    """How many threads and why. OMP_NUM_THREADS stands below an explicit choice."""
+    if wanted is not None:
+        if not 1 <= wanted <= 1024:
+            raise UsageError(f"threads {wanted}: expected 1 to 1024")
+        return wanted, "asked for"
+    from_environment = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if from_environment.isdigit() and int(from_environment) > 0:
+        return min(int(from_environment), 1024), "from OMP_NUM_THREADS"
+    return machine.available_cores(), "one a core"
+
+
+def open(isa: str, threads: int | None) -> CPUDevice:
+    chosen, why = choose_isa(isa)
+    count, why_count = choose_threads(threads)
+    device = CPUDevice(chosen, count)
+    device.description = f"{chosen} ({why}), {count} threads ({why_count})"
+    return device
+
+
+class CPUDevice(Device):
+    type = "cpu"
+
+    def __init__(self, isa: str, threads: int) -> None:
+        self.isa, self.threads = isa, threads
+        self.description = f"{isa}, {threads} threads"
+        self.library = abi.open_library(isa)
+        self.control = abi.ffi.new("struct control *")
+        self.pid = os.getpid()
+
+    # Storage. A dense tensor's is an ndarray of its logical shape, any other's the bytes that the kernels read.
+
+    def allocate(self, tensors: Sequence[Tensor]) -> None:
+        if tensors[0].layout == "cache":
+            for tensor in tensors:
+                tensor.storage = reserve(self._cache_bytes(tensor))
+            return
+        buffer = reserve(max(np.prod(t.shape, dtype=np.int64) * t.dtype.itemsize for t in tensors))
+        for tensor in tensors:
+            count = int(np.prod(tensor.shape, dtype=np.int64))
+            tensor.storage = buffer[: count * tensor.dtype.itemsize].view(tensor.dtype).reshape(tensor.shape)
+
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
+        total = sum(self.weight_bytes(weight) for weight in weights)
+        arena, done = reserve(total), 0
+        for weight in weights:
+            size = self.weight_bytes(weight)
+            self._load(weight, arena[done : done + size])
+            done += size
+            if progress:
+                progress(done, total)
+
+    def _load(self, weight: Weight, memory: np.ndarray) -> None:
+        if weight.layout == "matrix":
+            weight.storage = memory
+            self._pack(weight)
+            return
+        parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
+        values = np.concatenate([part.astype(weight.dtype) for part in parts])
+        weight.storage = memory[: values.nbytes].view(weight.dtype).reshape(weight.shape)
+        weight.storage[...] = values
+
+    def _pack(self, weight: Weight) -> None:
+        from engine.layer import stored_dtype
+
+        sources = abi.ffi.new("struct source[]", len(weight.sources))
+        files: dict[Any, int] = {}
+        keep_alive = []
+        try:
+            for entry, source in zip(sources, weight.sources, strict=True):
+                entry.dtype, entry.rows = abi.DTYPE_CODES[stored_dtype(source)], source.shape[0]
+                if hasattr(source, "file"):
+                    if source.file not in files:
+                        files[source.file] = os.open(source.file, os.O_RDONLY)
+                    entry.fd, entry.offset = files[source.file], source.offset
+                else:
+                    keep_alive.append(np.ascontiguousarray(source))
+                    entry.fd, entry.data = -1, abi.ffi.cast("void *", abi.address(keep_alive[-1]))
+            short = self.library.pack_matrix(sources, len(sources), *weight.shape, abi.DTYPE_CODES[weight.dtype],
+                                             self.pointer(weight), self.threads)  # fmt: skip
+        finally:
+            for fd in files.values():
+                os.close(fd)
+        if short:
+            source: Any = weight.sources[short - 1]
+            raise RillError(f"{source.file}: ends before the data of tensor {source.name}")
+
+    def weight_bytes(self, weight: Weight) -> int:
+        rows, width = weight.shape[0], weight.shape[-1]
+        if weight.layout == "matrix":
+            panel = abi.constants.PANEL
+            rows = -(-rows // panel) * panel
+            width += width % 2 if weight.dtype == abi.BFLOAT16 else 0
+            size = rows * width * weight.dtype.itemsize
+        else:
+            size = int(np.prod(weight.shape, dtype=np.int64)) * weight.dtype.itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def cache_bytes(self, dtype: np.dtype, head_dim: int) -> int:
+        return int(self.library.kv_head_bytes(abi.DTYPE_CODES[dtype], head_dim))
+
+    def _cache_bytes(self, tensor: Tensor) -> int:
+        pages, _, heads, _, head_dim = tensor.shape
+        return pages * heads * self.cache_bytes(tensor.dtype, head_dim)
+
+    def upload(self, tensor: Tensor, array: np.ndarray) -> None:
+        if tensor.storage is None:
+            self.allocate([tensor])
+        if tensor.layout == "cache":
+            pack_cache(tensor, array)
+        else:
+            tensor.owner.storage[...] = array
+
+    def share(self, tensor: Tensor, array: np.ndarray) -> None:
+        tensor.storage = array
+
+    def download(self, tensor: Tensor) -> Any:
+        if tensor.layout == "matrix":
+            return PackedMatrix(self, tensor)
+        if tensor.layout == "cache":
+            return unpack_cache(tensor)
+        array = tensor.owner.storage
+        if tensor.base:
+            array = array[..., tensor.column : tensor.column + tensor.width]
+        return array[: int(tensor.rows.storage[0])].copy() if tensor.rows else array.copy()
+
+    def pointer(self, tensor: Tensor) -> Any:
+        return abi.ffi.cast("void *", abi.address(tensor.owner.storage) + tensor.column * tensor.dtype.itemsize)
+
+    # Replay.
+
+    def lower(self, plan: Plan) -> Program:
+        return NativeProgram(self, plan)
+
+    def cancel(self, flag: bool) -> None:
+        self.control.cancel = flag
+
+
+class NativeProgram(Program):
+    """The addresses of functions and argument structs, in order, and the scratch memory they share."""
+
+    def __init__(self, device: CPUDevice, plan: Plan) -> None:
+        self.device = device
+        library, ffi = device.library, abi.ffi
+        self.structs = [abi.fill_struct(node, device.pointer) for node in plan.nodes]  # keeps them alive
+        self.nodes = ffi.new("struct node[]", max(1, len(plan.nodes)))
+        scratch = 1
+        for entry, node, struct in zip(self.nodes, plan.nodes, self.structs, strict=False):
+            entry.run = ffi.cast(entry_type(), ffi.addressof(library, node.op.name))
+            entry.op = struct
+            if measure := getattr(library, f"{node.op.name}_scratch", None):
+                rows = max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
+                scratch = max(scratch, measure(struct, device.threads, rows))
+        self.scratch = reserve(scratch)
+        self.scratch_pointer = ffi.cast("void *", abi.address(self.scratch))
+
+    def run(self, first: int, last: int) -> None:
+        device = self.device
+        if os.getpid() != device.pid:
+            raise RillError("this process was forked after the engine had started its threads: load the model in the "
+                            "child, or start it with the spawn method")  # fmt: skip
+        status = device.library.plan_run(self.nodes + first, last - first, device.threads, device.control,
+                                         self.scratch_pointer)  # fmt: skip
+        if status:
+            raise failure(status, device.control.detail)
+
+
+def entry_type() -> Any:
+    return abi.ffi.typeof("struct node").fields[0][1].type
+
+
+def failure(status: int, detail: int) -> Exception:
+    """The exception for a status of abi.h."""
+    if status == abi.constants.STATUS_CANCELLED:
+        return Cancelled()
+    if status == abi.constants.STATUS_TOKEN:
+        return TokenError(f"row {detail} holds a token id outside the vocabulary")
+    if status == abi.constants.STATUS_NOT_FINITE:
+        return NotFiniteError(detail)
+    return RillError(f"native status {status}, detail {detail}")
+
+
+def reserve(size: int) -> np.ndarray:
+    """Zeroed bytes in huge pages where the system has them. Memory is taken when first touched, not before."""
+    flags: dict[str, Any] = {}
+    if hasattr(mmap, "MAP_NORESERVE"):
+        flags["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    elif hasattr(mmap, "MAP_PRIVATE"):
+        flags["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    size = max(int(size), 1)
+    large = size >= HUGE_PAGE
+    region = mmap.mmap(-1, size + (HUGE_PAGE if large else ALIGNMENT), **flags)
+    if large and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            region.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without transparent huge pages: slower, not wrong
+    memory = np.frombuffer(region, np.uint8)
+    start = -abi.address(memory) % (HUGE_PAGE if large else ALIGNMENT)
+    return memory[start : start + size]
+
+
+class PackedMatrix:
+    """A packed matrix as the oracle sees it: rows unpack to float32 when they are asked for."""
+
+    def __init__(self, device: CPUDevice, tensor: Tensor) -> None:
+        self.device, self.tensor = device, tensor
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.shape[0])
+            return self._unpack(start, stop - start)
+        return np.concatenate([self._unpack(int(row), 1) for row in rows])
+
+    def _unpack(self, first: int, count: int) -> np.ndarray:
+        out = np.empty((count, self.shape[1]), np.float32)
+        self.device.library.unpack_matrix(self.device.pointer(self.tensor), abi.DTYPE_CODES[self.dtype],
+                                          self.shape[1], first, count,
+                                          abi.ffi.cast("float *", abi.address(out)))  # fmt: skip
+        return out
+
+
+def _cache_views(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Writable views of a packed cache as [pages, heads, PAGE, head_dim] keys and values (page.h has the layout)."""
+    pages, _, heads, page, head_dim = tensor.shape
+    width = -(-head_dim // abi.constants.PANEL) * abi.constants.PANEL
+    flat = tensor.storage.view(tensor.dtype).reshape(pages, heads, page * (head_dim + width))
+    keys, values = flat[..., : page * head_dim], flat[..., page * head_dim :]
+    if tensor.dtype == abi.FLOAT32:
+        keys = keys.reshape(pages, heads, head_dim, page).swapaxes(2, 3)
+        values = values.reshape(pages, heads, page, width)
+        return keys, values[..., :head_dim]
+    keys = keys.reshape(pages, heads, head_dim // 2, page, 2).transpose(0, 1, 3, 2, 4)
+    values = values.reshape(pages, heads, page // 2, width, 2).transpose(0, 1, 2, 4, 3)[..., :head_dim]
+    return keys, values
+
+
+def unpack_cache(tensor: Tensor) -> np.ndarray:
+    keys, values = _cache_views(tensor)
+    pages, _, heads, page, head_dim = tensor.shape
+    shape = (pages, heads, page, head_dim)
+    return np.stack([np.reshape(keys, shape), np.reshape(values, shape)], axis=1)
+
+
+def pack_cache(tensor: Tensor, array: np.ndarray) -> None:
+    keys, values = _cache_views(tensor)
+    keys[...] = array[:, 0].reshape(keys.shape)
+    values[...] = array[:, 1].reshape(values.shape)

@@ -1,0 +1,92 @@
+"""The oracle: interprets a plan with the ops' NumPy meanings. Slow, plain, and what every other device is held to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.device import Cancelled, Device, Program, Progress
+from engine.errors import UsageError
+
+if TYPE_CHECKING:
+    from engine.layer import Weight
+    from engine.plan import Node, Plan, Tensor
+
+
+def open(isa: str, threads: int | None) -> NumPyDevice:
+    """NumPy's own BLAS chooses instructions and threads."""
+    if isa != "auto":
+        raise UsageError(f"isa {isa!r}: the numpy device has none to choose")
+    return NumPyDevice()
+
+
+class NumPyDevice(Device):
+    type = "numpy"
+    description = "NumPy reference"
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+
+    def allocate(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:  # nothing shared: an oracle may be wasteful, not surprising
+            tensor.storage = np.zeros(tensor.shape, tensor.dtype)
+
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
+        total, done = sum(self.weight_bytes(w) for w in weights), 0
+        for weight in weights:
+            parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
+            same = len(parts) == 1 and parts[0].dtype == weight.dtype
+            weight.storage = parts[0] if same else np.concatenate([p.astype(weight.dtype) for p in parts])
+            done += self.weight_bytes(weight)
+            if progress:
+                progress(done, total)
+
+    def weight_bytes(self, weight: Weight) -> int:
+        return int(np.prod(weight.shape, dtype=np.int64)) * weight.dtype.itemsize
+
+    def cache_bytes(self, dtype: np.dtype, head_dim: int) -> int:
+        from engine.abi import constants
+
+        return 2 * constants.PAGE * head_dim * dtype.itemsize
+
+    def upload(self, tensor: Tensor, array: np.ndarray) -> None:
+        tensor.storage = np.array(array, tensor.dtype)
+
+    def share(self, tensor: Tensor, array: np.ndarray) -> None:
+        tensor.storage = array
+
+    def download(self, tensor: Tensor) -> np.ndarray:
+        return self.view(tensor).copy()
+
+    def view(self, tensor: Tensor) -> np.ndarray:
+        array = tensor.owner.storage
+        if tensor.base:
+            array = array[..., tensor.column : tensor.column + tensor.width]
+        return array[: int(tensor.rows.storage[0])] if tensor.rows else array
+
+    def lower(self, plan: Plan) -> Program:
+        return Interpreter(self, plan)
+
+    def cancel(self, flag: bool) -> None:
+        self.stop.set() if flag else self.stop.clear()
+
+
+class Interpreter(Program):
+    def __init__(self, device: NumPyDevice, plan: Plan) -> None:
+        self.device, self.plan = device, plan
+
+    def run(self, first: int, last: int) -> None:
+        for node in self.plan.nodes[first:last]:
+            if self.device.stop.is_set():
+                raise Cancelled
+            evaluate(node, {name: self.device.view(tensor) for name, tensor in node.tensors.items()})
+
+
+def evaluate(node: Node, arrays: Mapping[str, np.ndarray]) -> None:
+    """Computes a node's meaning on logical arrays, writing into those it writes."""
+    scalars: dict[str, Any] = node.scalars
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are found at the logits
+        node.op.meaning(**arrays, **scalars)

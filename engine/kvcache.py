@@ -1,0 +1,65 @@
+"""The paged cache of keys and values: a pool of pages, and for each sequence the table of those it holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.abi import constants
+from engine.errors import RillError
+from engine.plan import Tensor
+
+PAGE = int(constants.PAGE)
+
+
+class KVCache:
+    """Pages of PAGE positions, handed out in consecutive runs. One page number stands for that page in every layer.
+
+    `layers` are the tensors that kernels read, one a layer: [pages, 2, kv_heads, PAGE, head_dim], keys and values.
+    `page_table` is the step's array [slots, pages a sequence]; a slot holds one sequence at a time.
+    """
+
+    def __init__(self, layers: list[Tensor], page_table: np.ndarray, pages: int) -> None:
+        self.layers = layers
+        self.page_table = page_table
+        self.free = np.ones(pages, bool)
+        self.held = np.zeros(len(page_table), np.int32)  # pages of each slot
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Gives a slot the pages for positions [0, length). Raises RillError when the pool has none left."""
+        need = -(-length // PAGE)
+        if need > self.page_table.shape[1]:
+            raise RillError(f"a sequence of {length} positions: the cache holds {self.page_table.shape[1] * PAGE}")
+        for i in range(int(self.held[slot]), need):
+            page = self._next_page(int(self.page_table[slot, i - 1]) if i else -1)
+            self.free[page] = False
+            self.page_table[slot, i] = page
+            self.held[slot] = i + 1
+
+    def truncate(self, slot: int, length: int) -> int:
+        """Forgets positions from `length` on. Returns the length that is still usable."""
+        keep = -(-length // PAGE)
+        self.free[self.page_table[slot, keep : self.held[slot]]] = True
+        self.held[slot] = min(keep, self.held[slot])
+        return min(length, int(self.held[slot]) * PAGE)
+
+    def used_pages(self) -> int:
+        return int((~self.free).sum())
+
+    def _next_page(self, previous: int) -> int:
+        """The page after `previous` if it is free, so that sequences lie in runs; else the start of the first run
+        with room for a whole sequence, or of the longest."""
+        if previous >= 0 and previous + 1 < len(self.free) and self.free[previous + 1]:
+            return previous + 1
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], self.free, [False]]).astype(np.int8)))
+        starts, ends = edges[::2], edges[1::2]
+        if not len(starts):
+            raise RillError("the KV cache is full")
+        lengths = ends - starts
+        roomy = np.flatnonzero(lengths >= self.page_table.shape[1])
+        return int(starts[roomy[0] if len(roomy) else np.argmax(lengths)])
+
+
+def cache_tensors(count: int, pages: int, kv_heads: int, head_dim: int, dtype: np.dtype) -> list[Tensor]:
+    """The cache tensors of `count` layers, without storage."""
+    shape = (pages, 2, kv_heads, PAGE, head_dim)
+    return [Tensor(shape, dtype, f"cache.{i}", layout="cache") for i in range(count)]

@@ -1,0 +1,133 @@
+"""The base class of everything that holds weights and records nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.abi import BFLOAT16, FLOAT16, FLOAT32
+from engine.device import Device, default_device
+from engine.errors import UsageError
+from engine.plan import Plan, Tensor
+
+
+class Source(Protocol):
+    """Where rows of a weight come from: an array, or a tensor stored in a file (checkpoint.StoredTensor)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Weight(Tensor):
+    """A tensor whose values come from sources stacked along their rows, read when a device loads it."""
+
+    sources: Sequence[Source]
+
+    def __init__(self, name: str, sources: Sequence[Source], dtype: np.dtype, layout: str) -> None:
+        rows = sum(source.shape[0] for source in sources)
+        super().__init__((rows, *sources[0].shape[1:]), dtype, name, layout=layout)
+        self.sources = sources
+
+
+def stored_dtype(source: Any) -> np.dtype:
+    """The NumPy dtype of a source."""
+    names = {"F32": FLOAT32, "BF16": BFLOAT16, "F16": FLOAT16}
+    return names[source.dtype] if isinstance(source.dtype, str) else np.dtype(source.dtype)
+
+
+def matrix(name: str, sources: Sequence[Source], dtype: str = "auto") -> Weight:
+    """A weight [outputs, inputs] to multiply by. Kept as stored ("auto") or widened once ("float32"); sources that
+    are fused but stored differently meet in float32."""
+    kinds = {stored_dtype(source) for source in sources}
+    return Weight(name, sources, kinds.pop() if dtype == "auto" and len(kinds) == 1 else FLOAT32, "matrix")
+
+
+def vector(name: str, *sources: Source) -> Weight:
+    """A small weight [width], kept in float32."""
+    return Weight(name, sources, FLOAT32, "dense")
+
+
+class Layer:
+    """Holds weights and records nodes; knows its device and its name in the model.
+
+    `forward` given tensors of a plan records into that plan and returns the output tensor. Given plain arrays it
+    computes at once, through the same code: a plan of its own is recorded, lowered and run.
+    """
+
+    def __init__(self, name: str = "", device: Device | None = None) -> None:
+        self.name = name or type(self).__name__
+        self._device = device
+
+    @property
+    def device(self) -> Device:
+        """Where this layer runs. By default the best device of this machine."""
+        if self._device is None:
+            self._device = default_device()
+        return self._device
+
+    @property
+    def device_type(self) -> str:
+        """ "cpu", "numpy" or "cuda"."""
+        return self.device.type
+
+    def record(self, *inputs: Tensor) -> Any:
+        """Appends this layer's nodes to the inputs' plan; returns the output tensor."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Any) -> Any:
+        """Records (tensors in, tensor out) or computes at once (arrays in, array out)."""
+        if any(isinstance(x, Tensor) for x in inputs):
+            return self.record(*inputs)
+        return self._compute([np.ascontiguousarray(x) for x in inputs])
+
+    def _compute(self, arrays: list[np.ndarray]) -> np.ndarray:
+        self.device.load([w for w in self.weights() if w.storage is None])
+        plan = Plan(self.device)
+        rows = plan_input(plan, np.array([len(arrays[0])], np.int32), None, "rows")
+        output = self.record(*(plan_input(plan, a, rows, f"input {i}") for i, a in enumerate(arrays)))
+        plan.keep(output)
+        plan.lower()
+        plan.run()
+        return self.device.download(output)
+
+    def weights(self) -> Iterator[Weight]:
+        """All weights of this layer and of the layers in it, in the order in which they were made, each once."""
+        seen: set[int] = set()
+        for weight in self._weights():
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                yield weight
+
+    def _weights(self) -> Iterator[Weight]:
+        for value in vars(self).values():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, Weight):
+                    yield item
+                elif isinstance(item, Layer):
+                    yield from item._weights()
+
+    def check(self, condition: bool, message: str) -> None:
+        """Raises UsageError naming this layer."""
+        if not condition:
+            raise UsageError(f"{self.name}: {message}")
+
+    def plan_of(self, *inputs: Tensor) -> Plan:
+        """The plan that the inputs belong to."""
+        plans = {t.plan for t in inputs if t.plan is not None}
+        self.check(len(plans) == 1, f"inputs of {len(plans)} plans")
+        return plans.pop()  # type: ignore[return-value]
+
+
+def plan_input(plan: Plan, array: np.ndarray, rows: Tensor | None, name: str) -> Tensor:
+    """A tensor that holds an array, for plans that are fed by hand."""
+    if array.dtype.kind == "f" and array.dtype != np.float64:
+        array = array.astype(np.float32)
+    tensor = Tensor(array.shape, array.dtype, name, plan, rows if array.shape[:1] == rows_of(rows) else None)
+    plan.device.upload(tensor, array)
+    return tensor
+
+
+def rows_of(rows: Tensor | None) -> tuple[int, ...]:
+    return () if rows is None else (int(rows.plan.device.download(rows)[0]),)  # type: ignore[union-attr]

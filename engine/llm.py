@@ -1,0 +1,252 @@
+"""The engine as its users see it: load a model, generate, stream, chat, logits."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from engine.checkpoint import Checkpoint
+from engine.config import load_config, load_generation_config
+from engine.detokenizer import StreamDecoder
+from engine.device import Progress, open_device
+from engine.errors import RillError, UsageError
+from engine.request import Completion, Request
+from engine.runner import Runner, check_kv_dtype
+from engine.sampler import SamplingParams
+from engine.scheduler import Scheduler
+from engine.tokenizer import Tokenizer, eos_union, load_tokenizer
+
+ATTENTION_KINDS = ("auto", "standard")
+DTYPES = ("auto", "float32")
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model, ready to generate.
+
+    model: a directory in Hugging Face format, a hub name, a `.safetensors` file, or an index with its config beside
+    it. tokenizer: a directory or file, by default the model's. device: "auto", "cpu" or "numpy". isa: "auto" or one
+    that this machine has. dtype: "auto" keeps weights as stored, "float32" widens them once. kv_dtype: "auto" is
+    float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
+    max_batch: sequences that run together; more prompts queue. threads: by default one a core.
+
+    Raises UsageError for options that cannot be, RillError for files that cannot be used or too little memory.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: str | Path | None = None,
+        device: str = "auto",
+        isa: str = "auto",
+        attention: str = "auto",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        max_seq_len: int = 4096,
+        max_batch: int = 8,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        _choice("attention", attention, ATTENTION_KINDS)
+        _choice("dtype", dtype, DTYPES)
+        check_kv_dtype(kv_dtype)
+        _positive("max_seq_len", max_seq_len)
+        _positive("max_batch", max_batch)
+        started = time.perf_counter()
+        self.attention = "standard"
+        self.device = open_device(device, isa=isa, threads=threads)
+        checkpoint = Checkpoint(model)
+        self.directory = checkpoint.directory
+        self.config = load_config(checkpoint.config_path)
+        self.generation_config = load_generation_config(self.directory / "generation_config.json")
+        self.tokenizer, self._no_tokenizer = _find_tokenizer(tokenizer, self.directory)
+        self.max_seq_len = min(max_seq_len, self.config.max_position_embeddings)
+        self.eos_ids = self._eos_ids()
+        self.runner = Runner(self.config, checkpoint, self.device, dtype=dtype, kv_dtype=kv_dtype,
+                             max_seq_len=self.max_seq_len, max_batch=max_batch,
+                             vocab_size=self._vocab_size())  # fmt: skip
+        self.runner.load(progress)
+        checkpoint.finish(ignore=checkpoint.tensors)
+        self._scheduler = Scheduler(self.runner, max_batch)
+        self.load_seconds = time.perf_counter() - started
+
+    def _vocab_size(self) -> int:
+        """Ids that may be sampled: the embedding is often padded beyond the tokenizer's last token."""
+        if self.tokenizer is None:
+            return self.config.vocab_size
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise RillError(f"{self.directory}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model's "
+                            f"embedding {self.config.vocab_size}")  # fmt: skip
+        return self.tokenizer.vocab_size
+
+    def _eos_ids(self) -> frozenset[int]:
+        own = self.config.eos_token_ids | self.generation_config.get("eos_token_id", frozenset())
+        return own | eos_union(self.tokenizer, self.directory)
+
+    # Generating.
+
+    @overload
+    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Completion: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]: ...
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> Completion | list[Completion]:
+        """Completes a prompt (text, or token ids as they are), or each of a list of prompts.
+
+        Raises UsageError for a prompt that cannot be, RillError when the model's logits are not finite. Interrupting
+        the call cancels its requests.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, list, tuple)))
+        batch = [prompts] if single else prompts
+        requests = [self._request(prompt, params) for prompt in batch]  # type: ignore[arg-type]
+        completions = self._run(requests)
+        return completions[0] if single else completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """An iterator of pieces of text as they come. Closing it cancels the request."""
+        if self.tokenizer is None:
+            raise UsageError(f"text cannot be streamed without a tokenizer: {self._no_tokenizer}")
+        return Stream(self._scheduler, self._request(prompt, params))
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
+    ) -> Completion:
+        """The model's reply to a conversation, [{"role": …, "content": …}], put through its own chat template;
+        `template` are the template's own switches, such as enable_thinking."""
+        return self._run([self._request(self.encode_chat(messages, **template), params)])[0]
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
+    ) -> Stream:
+        """`chat`, as `stream` gives it."""
+        return self.stream(self.encode_chat(messages, **template), params)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+        """The token ids of a conversation, up to where the reply begins."""
+        return self._need_tokenizer().encode_chat([dict(m) for m in messages], **template)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 [len(token_ids), vocab_size]: the scores of what follows each token."""
+        request = self._request(list(token_ids), SamplingParams(temperature=0), want_logits=True)
+        self._run([request])
+        return np.stack(request.logits)
+
+    def close(self) -> None:
+        """Cancels what is running and ends the engine thread."""
+        self._scheduler.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Requests.
+
+    def _run(self, requests: list[Request]) -> list[Completion]:
+        self._scheduler.submit(requests)
+        try:
+            for request in requests:
+                request.done.wait()
+        except BaseException:
+            self._scheduler.cancel(requests)
+            raise
+        return [request.completion() for request in requests]
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None, want_logits: bool = False) -> Request:
+        resolved = (params or SamplingParams()).resolve(self.generation_config)
+        ids = self._encode(prompt)
+        room = self.max_seq_len - len(ids)
+        if room < (0 if want_logits else 1):
+            raise UsageError(f"the prompt has {len(ids)} tokens, the context {self.max_seq_len}, and generating "
+                             "needs room for one more")  # fmt: skip
+        decoder = None
+        if self.tokenizer is not None:
+            decoder = StreamDecoder(self.tokenizer, stop=resolved.stop, prompt_ids=ids)
+        elif resolved.stop:
+            raise UsageError(f"stop strings need a tokenizer: {self._no_tokenizer}")
+        seed = secrets.randbits(64) if resolved.seed is None else resolved.seed
+        return Request(ids, resolved, seed, min(room, resolved.max_tokens or room), self.eos_ids, decoder,
+                       want_logits)  # fmt: skip
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            tokenizer = self._need_tokenizer()
+            ids = tokenizer.encode(prompt, bos=True)
+            if not ids and tokenizer.bos_id is not None:
+                ids = [tokenizer.bos_id]
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise UsageError("the prompt is empty, and the model has no token to begin a text with")
+        for token in ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise UsageError(f"token id {token}: the vocabulary has 0 to {self.config.vocab_size - 1}")
+        return ids
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UsageError(f"text needs a tokenizer: {self._no_tokenizer}")
+        return self.tokenizer
+
+
+class Stream(Iterator[str]):
+    """Pieces of text as they are generated; `completion()` afterwards."""
+
+    def __init__(self, scheduler: Scheduler, request: Request) -> None:
+        self._scheduler, self._request = scheduler, request
+        scheduler.submit([request])
+
+    def __next__(self) -> str:
+        if self._request.done.is_set() and self._request.pieces.empty():
+            self._raise_error()
+            raise StopIteration
+        piece = self._request.pieces.get()
+        if piece is None:
+            self._raise_error()
+            raise StopIteration
+        return piece
+
+    def _raise_error(self) -> None:
+        if self._request.error is not None:
+            raise self._request.error
+
+    def close(self) -> None:
+        """Cancels the request if it is still running, and waits until it has left the batch."""
+        if not self._request.done.is_set():
+            self._scheduler.cancel([self._request])
+            self._request.done.wait()
+
+    def __del__(self) -> None:
+        if not self._request.done.is_set():
+            self._scheduler.cancel([self._request])
+
+    def completion(self) -> Completion:
+        """The result so far; whole once the iterator has ended or been closed."""
+        return self._request.completion()
+
+
+def _find_tokenizer(given: str | Path | None, directory: Path) -> tuple[Tokenizer | None, str]:
+    """The tokenizer, or None and why. One that was asked for must load."""
+    if given is not None:
+        return load_tokenizer(given), ""
+    files = ("tokenizer.json", "tokenizer.model")
+    if not any((directory / name).exists() for name in files):
+        return None, f"{directory} has no {' or '.join(files)}"
+    return load_tokenizer(directory), ""
+
+
+def _choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
+
+
+def _positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or not 1 <= value < 1 << 31:
+        raise UsageError(f"{name} {value!r}: expected a positive number")

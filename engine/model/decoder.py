@@ -1,0 +1,144 @@
+"""The decoder that Qwen3, Qwen2 and Llama share; what a model_type adds is in its Family (engine/config.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.checkpoint import Checkpoint
+from engine.config import ModelConfig
+from engine.device import Device
+from engine.layer import Layer
+from engine.ops.add_rmsnorm import AddRMSNorm
+from engine.ops.attention import MultiHeadAttention
+from engine.ops.embedding import Embedding
+from engine.ops.kv_store import KVStore
+from engine.ops.logits import Logits
+from engine.ops.matmul import Linear
+from engine.ops.rmsnorm import RMSNorm
+from engine.ops.rope import RoPE
+from engine.ops.rope_angles import RoPEAngles
+from engine.ops.swiglu import SwiGLU
+from engine.plan import Tensor
+from engine.step import Step
+
+
+@dataclass
+class Parts:
+    """What every layer of a model is built from."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+    dtype: str
+    device: Device
+
+    def norm(self, name: str, width: int, add: bool = False) -> RMSNorm:
+        weight = self.checkpoint.take(f"{name}.weight", (width,))
+        return (AddRMSNorm if add else RMSNorm)(weight, self.config.rms_norm_eps, name, self.device)
+
+    def linear(self, prefix: str, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
+        """One Linear of several stacked projections: name -> outputs."""
+        weights = [self.checkpoint.take(f"{prefix}.{name}.weight", (n, inputs)) for name, n in outputs.items()]
+        biases = [self.checkpoint.take(f"{prefix}.{name}.bias", (n,)) for name, n in outputs.items() if bias]
+        return Linear(weights, biases, self.dtype, f"{prefix}.{'|'.join(outputs)}", self.device)
+
+
+class SelfAttention(Layer):
+    """q, k, v of the input; norms of the heads where the model has them; rotation; cache; attention; output."""
+
+    def __init__(self, parts: Parts, name: str, index: int) -> None:
+        super().__init__(name, parts.device)
+        config = parts.config
+        head_dim = config.head_dim
+        self.q_width = config.num_attention_heads * head_dim
+        self.kv_width = config.num_key_value_heads * head_dim
+        self.qkv = parts.linear(name, {"q_proj": self.q_width, "k_proj": self.kv_width, "v_proj": self.kv_width},
+                                config.hidden_size, config.qkv_bias)  # fmt: skip
+        self.q_norm = parts.norm(f"{name}.q_norm", head_dim) if config.qk_norm else None
+        self.k_norm = parts.norm(f"{name}.k_norm", head_dim) if config.qk_norm else None
+        self.rope = RoPE(f"{name}.rope", parts.device)
+        self.store = KVStore(f"{name}.kv_store", parts.device)
+        self.attention = MultiHeadAttention(
+            config.num_attention_heads, window=config.sliding_windows[index], name=f"{name}.attention",
+            device=parts.device,
+        )  # fmt: skip
+        self.output = parts.linear(name, {"o_proj": config.hidden_size}, self.q_width, config.o_bias)
+
+    def record(self, x: Tensor, angles: Tensor, cache: Tensor, step: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        qkv = self.qkv.record(x)  # [rows, q | k | v]
+        q, k = qkv.columns(0, self.q_width), qkv.columns(self.q_width, self.q_width + self.kv_width)
+        v = qkv.columns(self.q_width + self.kv_width, qkv.width)
+        if self.q_norm and self.k_norm:
+            self.q_norm.record(q, in_place=True)
+            self.k_norm.record(k, in_place=True)
+        self.rope.record(qkv.columns(0, self.q_width + self.kv_width), angles)
+        where = step["pos"], step["seq"], step["page_table"]
+        self.store.record(k, v, cache, *where)
+        return self.output.record(self.attention.record(q, cache, *where))
+
+
+class MLP(Layer):
+    """down(silu(gate · x) · (up · x))."""
+
+    def __init__(self, parts: Parts, name: str) -> None:
+        super().__init__(name, parts.device)
+        hidden, width, bias = parts.config.hidden_size, parts.config.intermediate_size, parts.config.mlp_bias
+        self.gate_up = parts.linear(name, {"gate_proj": width, "up_proj": width}, hidden, bias)
+        self.swiglu = SwiGLU(f"{name}.swiglu", parts.device)
+        self.down = parts.linear(name, {"down_proj": hidden}, width, bias)
+
+    def record(self, x: Tensor) -> Tensor:
+        return self.down.record(self.swiglu.record(self.gate_up.record(x)))
+
+
+class Block(Layer):
+    """One layer of the decoder. The MLP's output is added by the norm that comes next, the next block's or the
+    model's last."""
+
+    def __init__(self, parts: Parts, index: int) -> None:
+        super().__init__(f"model.layers.{index}", parts.device)
+        hidden = parts.config.hidden_size
+        self.input_norm = parts.norm(f"{self.name}.input_layernorm", hidden, add=index > 0)
+        self.attention = SelfAttention(parts, f"{self.name}.self_attn", index)
+        self.mlp_norm = parts.norm(f"{self.name}.post_attention_layernorm", hidden, add=True)
+        self.mlp = MLP(parts, f"{self.name}.mlp")
+
+    def record(  # type: ignore[override]
+        self, x: Tensor, pending: list[Tensor], angles: Tensor, cache: Tensor, step: dict[str, Tensor]
+    ) -> Tensor:
+        normed = self.input_norm.record(x, *pending)
+        attended = self.attention.record(normed, angles, cache, step)
+        return self.mlp.record(self.mlp_norm.record(x, attended))
+
+
+class Decoder(Layer):
+    """Embedding, blocks, norm and logits of a checkpoint. Takes its tensors from the checkpoint by their Hugging Face
+    names and checks their shapes; reads no data until a device loads `weights()`."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, dtype: str, device: Device) -> None:
+        super().__init__("model", device)
+        self.config = config
+        parts = Parts(config, checkpoint, dtype, device)
+        table_shape = (config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(checkpoint.take("model.embed_tokens.weight", table_shape), dtype,
+                                   "model.embed_tokens", device)  # fmt: skip
+        self.angles = RoPEAngles(config.rope.inv_freq(config.head_dim), config.rope.attention_scaling(),
+                                 "model.rope", device)  # fmt: skip
+        self.blocks = [Block(parts, i) for i in range(config.num_hidden_layers)]
+        self.norm = parts.norm("model.norm", config.hidden_size, add=True)
+        if config.tie_word_embeddings:
+            checkpoint.finish(ignore=["lm_head.weight"])
+            head = self.embedding.table
+        else:
+            head = Embedding(checkpoint.take("lm_head.weight", table_shape), dtype, "lm_head", device).table
+            checkpoint.finish()
+        self.logits = Logits(head, "lm_head", device)
+
+    def record(self, step: Step, cache: list[Tensor]) -> Tensor:  # type: ignore[override]
+        """Records the whole model. Returns the logits [logit rows, vocab_size]."""
+        inputs = step.tensors
+        x = self.embedding.record(inputs["token"])
+        angles = self.angles.record(inputs["pos"])
+        pending: list[Tensor] = []  # what the next norm adds to x
+        for block, pages in zip(self.blocks, cache, strict=True):
+            pending = [block.record(x, pending, angles, pages, inputs)]
+        return self.logits.record(self.norm.record(x, *pending), inputs["row_index"])

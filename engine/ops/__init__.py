@@ -1,0 +1,1 @@
+"""One file an op: its NumPy meaning and the layer that records it."""

@@ -1,0 +1,205 @@
+"""A loaded model: its plan, its step and its cache, and one method that runs rows through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine import machine
+from engine.abi import BFLOAT16, FLOAT32
+from engine.checkpoint import Checkpoint
+from engine.config import ModelConfig
+from engine.device import Device, NotFiniteError, Progress
+from engine.errors import RillError, UsageError
+from engine.kvcache import PAGE, KVCache, cache_tensors
+from engine.model.decoder import Decoder
+from engine.ops.sample import Sample
+from engine.plan import Plan, Tensor, label_of
+from engine.step import LOGIT_ROWS, Step
+
+MAX_ROWS = 512  # of a step: a prompt takes one pass over the weights for so many tokens
+KV_DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one sequence, to be put through the model in a step."""
+
+    slot: int
+    first_pos: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Want:
+    """Logits wanted of one row of a step. `prepare` fills the row's entry of step.arrays["sampling"]; `accept` gets
+    what came of it once the whole step has happened."""
+
+    row: int
+    prepare: Callable[[Any], None]
+    accept: Callable[[Sampled], None]
+    keep_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A row's token, its log probability and the likeliest alternatives; its logits where they are kept."""
+
+    token: int
+    logprob: float
+    top_token: np.ndarray
+    top_logprob: np.ndarray
+    logits: np.ndarray | None
+
+
+class Runner:
+    """Builds the plan of a checkpoint on a device, checks that memory suffices, and loads the weights."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        device: Device,
+        *,
+        dtype: str,
+        kv_dtype: str,
+        max_seq_len: int,
+        max_batch: int,
+        vocab_size: int,
+    ) -> None:
+        self.device, self.config = device, config
+        self.max_rows = max(MAX_ROWS, max_batch)
+        self.model = Decoder(config, checkpoint, dtype, device)
+        self.weights = list(self.model.weights())
+        if kv_dtype == "auto":
+            kv_dtype = "float32" if self.model.embedding.table.dtype == FLOAT32 else "bfloat16"
+        self.kv_dtype = kv_dtype
+        self.pages_per_seq = -(-max_seq_len // PAGE)
+        pages = self.pages_per_seq * max_batch
+        self.layers = cache_tensors(config.num_hidden_layers, pages, config.num_key_value_heads, config.head_dim,
+                                    KV_DTYPES[kv_dtype])  # fmt: skip
+        self.page_bytes = (len(self.layers) * config.num_key_value_heads
+                           * device.cache_bytes(KV_DTYPES[kv_dtype], config.head_dim))  # fmt: skip
+        self.plan = Plan(device)
+        self.step = Step(device, self.plan, self.max_rows, max_batch, self.pages_per_seq)
+        self.cache = KVCache(self.layers, self.step.arrays["page_table"], pages)
+        self._record(vocab_size)
+
+    def _record(self, vocab_size: int) -> None:
+        inputs = self.step.tensors
+        self.logits = self.plan.keep(self.model.record(self.step, self.layers))
+        self.head = len(self.plan.nodes) - 1  # from here on a replay may be repeated for more rows of logits
+        sample = Sample(vocab_size, name="sample", device=self.device)
+        self.sampled = sample.record(self.logits, inputs["sampling"], inputs["history"])
+        for tensor in self.sampled:
+            self.plan.keep(tensor)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.device.weight_bytes(weight) for weight in self.weights)
+
+    @property
+    def cache_capacity_bytes(self) -> int:
+        """The most that the cache can come to take."""
+        return len(self.cache.free) * self.page_bytes
+
+    @property
+    def cache_used_bytes(self) -> int:
+        return self.cache.used_pages() * self.page_bytes
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Reads the weights and lowers the plan. Raises RillError, before anything is read, if memory is too small."""
+        self._check_memory()
+        self.device.load(self.weights, progress)
+        for tensor in self.layers:
+            self.device.allocate([tensor])
+        self.plan.lower()
+
+    def _check_memory(self) -> None:
+        free = machine.free_memory()
+        need = self.weight_bytes + self.cache_capacity_bytes + self._activation_bytes()
+        if self.device.type in ("cpu", "numpy") and free is not None and need > free:
+            raise RillError(
+                f"needs {need / GIB:.2f} GiB ({self.weight_bytes / GIB:.2f} for weights, "
+                f"{self.cache_capacity_bytes / GIB:.2f} for a full KV cache), {free / GIB:.2f} GiB are free: "
+                "lower max_seq_len or max_batch, or take a smaller model"
+            )
+
+    def _activation_bytes(self) -> int:
+        widest = max(4 * self.config.hidden_size, 3 * self.config.intermediate_size)
+        return 4 * (self.max_rows * widest * 2 + LOGIT_ROWS * self.config.vocab_size)
+
+    def run(self, segments: Sequence[Segment], wants: Sequence[Want]) -> None:
+        """Puts the segments through the model, at most max_rows tokens, and delivers the wanted rows.
+
+        Raises Cancelled, NotFiniteError or TokenError; then nothing has been delivered, and the same call may be
+        made again.
+        """
+        for segment in segments:
+            self.cache.reserve(segment.slot, segment.first_pos + len(segment.tokens))
+        self.step.set_rows(
+            [token for s in segments for token in s.tokens],
+            [s.first_pos + i for s in segments for i in range(len(s.tokens))],
+            [s.slot for s in segments for _ in s.tokens],
+        )
+        results: list[Sampled] = []
+        for start in range(0, max(1, len(wants)), LOGIT_ROWS):
+            part = wants[start : start + LOGIT_ROWS]
+            self.step.set_logit_rows([want.row for want in part])
+            for want, entry in zip(part, self.step.arrays["sampling"], strict=False):
+                want.prepare(entry)
+            self._replay(self.head if start else 0, bool(part), start)
+            results += self._collect(part)
+        for want, result in zip(wants, results, strict=True):
+            want.accept(result)
+
+    def _replay(self, first: int, with_head: bool, start: int) -> None:
+        try:
+            self.plan.run(first, None if with_head else self.head)
+        except NotFiniteError as error:
+            raise NotFiniteError(start + error.row) from None
+
+    def _collect(self, wants: Sequence[Want]) -> list[Sampled]:
+        if not wants:
+            return []
+        token, logprob, top_token, top_logprob = (self.device.download(tensor) for tensor in self.sampled)
+        logits = self.device.download(self.logits) if any(want.keep_logits for want in wants) else None
+        return [
+            Sampled(int(token.flat[i]), float(logprob.flat[i]), top_token[i], top_logprob[i],
+                    logits[i].copy() if logits is not None and want.keep_logits else None)
+            for i, want in enumerate(wants)
+        ]  # fmt: skip
+
+    def write_history(self, slot: int, position: int, tokens: Sequence[int]) -> None:
+        """Notes tokens of a slot's sequence, which penalties look at. Only the last history_length count."""
+        length = self.step.history_length
+        for i, token in enumerate(tokens[max(0, len(tokens) - length) :], max(position, position + len(tokens) - length)):
+            self.step.arrays["history"][slot * length + i % length] = token
+
+    def first_not_finite(self, row: int) -> str:
+        """Replays the last step node by node; names the first node whose output for this row of the step is not
+        finite."""
+        for i, node in enumerate(self.plan.nodes[: self.head + 1]):
+            self.plan.run(i, i + 1)
+            for tensor in node.written:
+                if self._not_finite(tensor, row):
+                    return label_of(self.plan.nodes, i)
+        return "no node: it did not happen again"
+
+    def _not_finite(self, tensor: Tensor, row: int) -> bool:
+        if tensor.rows is not self.step.tensors["rows"]:
+            return tensor is self.logits
+        return not np.isfinite(self.device.download(tensor)[row]).all()
+
+
+def kv_dtype_names() -> list[str]:
+    return ["auto", *KV_DTYPES]
+
+
+def check_kv_dtype(name: str) -> None:
+    if name not in kv_dtype_names():
+        raise UsageError(f"kv_dtype {name!r}: expected one of {', '.join(kv_dtype_names())}")

@@ -1,0 +1,63 @@
+"""The step: everything that changes from one replay to the next, in one flat buffer at a fixed address.
+
+A step is a list of rows; a row is one token at one position of one sequence. Prefill (many rows of a sequence),
+decode (one row) and batched decode (one row of each of many) are the same thing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.abi import constants, struct_dtype
+from engine.device import Device
+from engine.plan import Plan, Tensor
+
+LOGIT_ROWS = int(constants.LOGIT_ROWS)
+
+
+class Step:
+    """Arrays to fill before a replay, and the tensors that the plan reads them by.
+
+    rows, logit_rows [1]        how many rows, and how many of them want logits in this replay
+    token, pos, seq [max_rows]  per row; seq is a slot of the cache
+    row_index [LOGIT_ROWS]      which rows want logits
+    sampling [LOGIT_ROWS]       what their logits are for (struct sampling of abi.h)
+    page_table [slots, pages]   pages of each slot's sequence, in order
+    history [slots * length]    the tokens of each slot's sequence
+    """
+
+    def __init__(self, device: Device, plan: Plan, max_rows: int, slots: int, pages: int) -> None:
+        int32 = np.dtype(np.int32)
+        history = pages * constants.PAGE
+        layout = {
+            "rows": ((1,), int32), "logit_rows": ((1,), int32),
+            "token": ((max_rows,), int32), "pos": ((max_rows,), int32), "seq": ((max_rows,), int32),
+            "row_index": ((LOGIT_ROWS,), int32), "sampling": ((LOGIT_ROWS,), struct_dtype("sampling")),
+            "page_table": ((slots, pages), int32), "history": ((slots * history,), int32),
+        }  # fmt: skip
+        self.max_rows, self.history_length = max_rows, history
+        sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in layout.items()}
+        offsets = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 for size in sizes.values()])])
+        unaligned = np.zeros(offsets[-1] + 64, np.uint8)
+        start = -unaligned.__array_interface__["data"][0] % 64
+        self.buffer = unaligned[start : start + offsets[-1]]
+        self.tensors: dict[str, Tensor] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+        counts = {"token": "rows", "pos": "rows", "seq": "rows", "row_index": "logit_rows", "sampling": "logit_rows"}
+        for (name, (shape, dtype)), offset in zip(layout.items(), offsets, strict=False):
+            array = self.buffer[offset : offset + sizes[name]].view(dtype).reshape(shape)
+            rows = self.tensors[counts[name]] if name in counts else None
+            tensor = Tensor(shape, dtype, f"step.{name}", plan, rows)
+            device.share(tensor, array)
+            self.arrays[name], self.tensors[name] = array, tensor
+
+    def set_rows(self, token: list[int], pos: list[int], seq: list[int]) -> None:
+        """The rows of the next replay; rows of one sequence stand together, in order of position."""
+        count = len(token)
+        self.arrays["rows"][0] = count
+        self.arrays["token"][:count], self.arrays["pos"][:count], self.arrays["seq"][:count] = token, pos, seq
+
+    def set_logit_rows(self, row_index: list[int]) -> None:
+        """The rows whose logits the next replay makes, at most LOGIT_ROWS."""
+        self.arrays["logit_rows"][0] = len(row_index)
+        self.arrays["row_index"][: len(row_index)] = row_index

@@ -1,0 +1,163 @@
+/* Packed matrix times one row or many, the same arithmetic for both: each output is one chain over k. Threads share
+ * out the panels, the same way for every step, so that each reads the weights that it put into memory itself. */
+#include "tile.h"
+
+enum {
+    COLUMNS = LANES == 16 ? 2 : 1,                    /* panels of a tile when there are many rows */
+    TILE_ROWS = ACCUMULATORS / (COLUMNS * VECTORS)    /* 12, 6, 3 */
+};
+
+struct product {
+    const int32_t *row_index; /* which rows of x; NULL: all, in order */
+    const float *x;
+    const char *weight;
+    const float *bias;
+    float *out;
+    int64_t rows, k, x_stride, out_width, out_stride;
+    int32_t dtype;
+};
+
+/* Floats of packed x per row: one for each input, or one for each pair of bf16. */
+static int64_t packed_floats(int32_t dtype, int64_t k)
+{
+    if (dtype != DTYPE_BF16)
+        return k;
+    return round_up(k, 2) / 2 * BF16_FLOATS;
+}
+
+static int64_t scratch_bytes(int32_t dtype, int64_t k, int64_t rows)
+{
+    return packed_floats(dtype, k) * rows * 4;
+}
+
+/* Row r of a tile of m rows of x as [k][m], bf16 as [k/2][m] pairs. */
+static void pack_row(const float *x, int64_t k, int32_t dtype, float *out, int64_t m, int64_t r)
+{
+    if (dtype != DTYPE_BF16) {
+        for (int64_t i = 0; i < k; i++)
+            out[i * m + r] = x[i];
+        return;
+    }
+    for (int64_t i = 0; i < k; i += 2) {
+        float pair[2] = {x[i], i + 1 < k ? x[i + 1] : 0.0f};
+        float *at = out + (i / 2 * m + r) * BF16_FLOATS;
+#ifdef BF16_DOT
+        uint16_t halves[2] = {f32_to_bf16(pair[0]), f32_to_bf16(pair[1])};
+        memcpy(at, halves, sizeof halves);
+#else
+        memcpy(at, pair, sizeof pair);
+#endif
+    }
+}
+
+static void pack_x(const struct product *p, struct worker *me, float *packed)
+{
+    struct range rows = my_share(me, p->rows);
+    int64_t floats = packed_floats(p->dtype, p->k);
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+        int64_t first = row / TILE_ROWS * TILE_ROWS, m = min_i64(TILE_ROWS, p->rows - first);
+        const float *x = p->x + (p->row_index ? p->row_index[row] : row) * p->x_stride;
+        pack_row(x, p->k, p->dtype, packed + first * floats, m, row - first);
+    }
+}
+
+/* out[first .. first + rows][of `columns` panels] */
+INLINE void multiply_tile(const struct product *p, const float *packed, int64_t first, int64_t panel, const int rows,
+                          const int columns, const enum line kind)
+{
+    const int group = kind == LINE_BF16 ? BF16_FLOATS : 1;
+    int64_t bytes = panel_bytes(p->dtype, p->k);
+    struct tile t = {.a = packed + first * packed_floats(p->dtype, p->k), .a_row = group, .a_step = group * rows,
+                     .b = p->weight + panel * bytes, .b_column = bytes, .b_step = kind == LINE_F16 ? 32 : 64,
+                     .depth = kind == LINE_BF16 ? (p->k + 1) / 2 : p->k};
+    vec acc[ACCUMULATORS];
+    tile_clear(acc, rows, columns);
+    tile_accumulate(acc, &t, rows, columns, kind);
+    for (int i = 0; i < columns * VECTORS; i++) {
+        int64_t column = panel * PANEL + i * LANES, left = p->out_width - column;
+        if (left <= 0)
+            break;
+        vec bias = p->bias ? vec_load_upto(p->bias + column, left) : vec_set(0.0f);
+#pragma GCC unroll 24
+        for (int r = 0; r < rows; r++) {
+            vec sum = acc[r * columns * VECTORS + i];
+            vec_store_upto(p->out + (first + r) * p->out_stride + column, p->bias ? vec_add(sum, bias) : sum, left);
+        }
+    }
+}
+
+#define CASE(n)                                                              \
+    case n:                                                                  \
+        if (n <= TILE_ROWS)                                                  \
+            multiply_tile(p, packed, first, panel, n, columns, kind);        \
+        break;
+
+/* Calls multiply_tile with its row count as a constant. */
+INLINE void multiply_rows(const struct product *p, const float *packed, int64_t first, int64_t panel,
+                          const int columns, const enum line kind)
+{
+    switch (min_i64(TILE_ROWS, p->rows - first)) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    }
+}
+
+INLINE void multiply_panels(const struct product *p, struct worker *me, const float *packed, const enum line kind)
+{
+    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
+    int64_t panel = panels.begin;
+    /* Few rows wait for memory, and one panel at a time reads fastest; many rows share each load of x. */
+    if (COLUMNS > 1 && p->rows > TILE_ROWS)
+        for (; panel + COLUMNS <= panels.end && !cancelled(me); panel += COLUMNS)
+            for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
+                multiply_rows(p, packed, first, panel, COLUMNS, kind);
+    for (; panel < panels.end && !cancelled(me); panel++)
+        for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
+            multiply_rows(p, packed, first, panel, 1, kind);
+}
+
+static void multiply(const struct product *p, struct worker *me)
+{
+    float *packed = (float *)me->team->scratch;
+    pack_x(p, me, packed);
+    if (!team_wait(me))
+        return;
+    switch (line_of(p->dtype)) {
+    case LINE_F32:
+        multiply_panels(p, me, packed, LINE_F32);
+        break;
+    case LINE_F16:
+        multiply_panels(p, me, packed, LINE_F16);
+        break;
+    case LINE_BF16:
+        multiply_panels(p, me, packed, LINE_BF16);
+        break;
+    }
+}
+
+void matmul(const struct matmul *op, struct worker *me)
+{
+    struct product p = {.x = op->x, .weight = op->weight, .bias = op->bias, .out = op->out, .rows = *op->rows,
+                        .k = op->x_width, .x_stride = op->x_stride, .out_width = op->out_width,
+                        .out_stride = op->out_stride, .dtype = op->weight_dtype};
+    multiply(&p, me);
+}
+
+int64_t matmul_scratch(const struct matmul *op, int32_t threads, int32_t max_rows)
+{
+    (void)threads;
+    return scratch_bytes(op->weight_dtype, op->x_width, max_rows);
+}
+
+void logits(const struct logits *op, struct worker *me)
+{
+    struct product p = {.row_index = op->row_index, .x = op->x, .weight = op->weight, .out = op->out,
+                        .rows = *op->rows, .k = op->x_width, .x_stride = op->x_stride, .out_width = op->out_width,
+                        .out_stride = op->out_stride, .dtype = op->weight_dtype};
+    multiply(&p, me);
+}
+
+int64_t logits_scratch(const struct logits *op, int32_t threads, int32_t max_rows)
+{
+    (void)threads;
+    return scratch_bytes(op->weight_dtype, op->x_width, max_rows);
+}

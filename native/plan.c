@@ -1,0 +1,95 @@
+/* Replays a plan: one parallel region, a barrier after each node. */
+#include <stdlib.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sched.h>
+#define give_way() sched_yield()
+#else
+#define give_way() ((void)0)
+#endif
+
+#include "native.h"
+
+/* A wait is normally tens of nanoseconds. After this many looks the other thread has no core: give it this one. */
+enum { PATIENCE = 20000 };
+
+static inline void relax(void)
+{
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static inline int32_t look(const int32_t *shared)
+{
+    return *(const volatile int32_t *)shared;
+}
+
+bool team_wait(struct worker *me)
+{
+    struct team *team = me->team;
+    int epoch = atomic_load_explicit(&team->epoch, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) + 1 == team->threads) {
+        /* Last to arrive: only one thread decides whether to go on, so all decide alike. */
+        atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&team->next, 0, memory_order_relaxed);
+        team->stop = look(&team->control->cancel) || look(&team->control->status);
+        atomic_store_explicit(&team->epoch, epoch + 1, memory_order_release);
+    } else {
+        for (int looks = 0; atomic_load_explicit(&team->epoch, memory_order_acquire) == epoch; looks++) {
+            relax();
+            if (looks > PATIENCE)
+                give_way();
+        }
+    }
+    return !team->stop;
+}
+
+bool cancelled(const struct worker *me)
+{
+    return look(&me->team->control->cancel);
+}
+
+int32_t take(struct worker *me)
+{
+    if (cancelled(me))
+        return INT32_MAX;
+    return atomic_fetch_add_explicit(&me->team->next, 1, memory_order_relaxed);
+}
+
+void fail(struct worker *me, int32_t status, int32_t detail)
+{
+    me->team->control->detail = detail;
+    me->team->control->status = status;
+}
+
+int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch)
+{
+    struct team team = {.control = control, .scratch = scratch, .threads = 1};
+    control->status = STATUS_OK;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+#endif
+    {
+        struct worker me = {&team, 0};
+#ifdef _OPENMP
+        me.index = omp_get_thread_num();
+#pragma omp single
+        team.threads = omp_get_num_threads(); /* fewer than asked for, inside somebody's parallel region */
+#endif
+        for (int32_t i = 0; i < count; i++) {
+            nodes[i].run(nodes[i].op, &me);
+            if (!team_wait(&me))
+                break;
+        }
+    }
+    (void)threads;
+    if (control->status == STATUS_OK && look(&control->cancel))
+        control->status = STATUS_CANCELLED;
+    return control->status;
+}

@@ -1,0 +1,203 @@
+/* The vector type of the instruction set that a source is being built for: LANES floats, and the few operations
+ * that the kernels need. One block for each family; everything above this file is portable C.
+ *
+ * A "line" is PANEL weights (f32, f16) or PANEL pairs (bf16) of a packed matrix or cache page: VECTORS vectors. */
+#ifndef SIMD_H
+#define SIMD_H
+
+#include <math.h>
+
+#include "native.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define LANES 16
+#define ACCUMULATORS 24 /* vectors a tile may keep in registers */
+typedef __m512 vec;
+INLINE vec vec_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vec_store(float *p, vec x) { _mm512_storeu_ps(p, x); }
+INLINE vec vec_set(float x) { return _mm512_set1_ps(x); }
+INLINE vec vec_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+INLINE vec vec_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+INLINE vec vec_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+INLINE vec vec_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+INLINE vec vec_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vec vec_unless_below(vec x, float limit, vec y) /* y, or 0 where x < limit */
+{
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
+}
+INLINE vec vec_round(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vec vec_exp2i(vec n) /* 2^n for integral n */
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+INLINE vec line_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE vec line_even(const void *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+INLINE vec line_odd(const void *p)
+{
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000)));
+}
+INLINE float vec_reduce_add(vec x) { return _mm512_reduce_add_ps(x); }
+INLINE float vec_reduce_max(vec x) { return _mm512_reduce_max_ps(x); }
+#if defined(__AVX512BF16__)
+#define BF16_DOT 1
+/* acc + the products of the bf16 pairs in w and x. The accumulator is tied to its register: gcc 12 spills it else. */
+INLINE vec vec_dot_bf16(vec w, vec x, vec acc)
+{
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+}
+#endif
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define LANES 8
+#define ACCUMULATORS 12
+typedef __m256 vec;
+INLINE vec vec_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void vec_store(float *p, vec x) { _mm256_storeu_ps(p, x); }
+INLINE vec vec_set(float x) { return _mm256_set1_ps(x); }
+INLINE vec vec_add(vec a, vec b) { return _mm256_add_ps(a, b); }
+INLINE vec vec_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
+INLINE vec vec_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+INLINE vec vec_div(vec a, vec b) { return _mm256_div_ps(a, b); }
+INLINE vec vec_max(vec a, vec b) { return _mm256_max_ps(a, b); }
+INLINE vec vec_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vec vec_unless_below(vec x, float limit, vec y)
+{
+    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLT_UQ), y);
+}
+INLINE vec vec_round(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vec vec_exp2i(vec n)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE vec line_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE vec line_even(const void *p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(p), 16)); }
+INLINE vec line_odd(const void *p)
+{
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(p), _mm256_set1_epi32((int)0xffff0000)));
+}
+
+#else /* portable C: compilers make SSE2, NEON or whatever they know out of these loops */
+#define LANES 4
+#define ACCUMULATORS 12
+typedef struct { float lane[LANES]; } vec;
+#define EACH(expression) vec out; for (int i = 0; i < LANES; i++) out.lane[i] = (expression); return out
+INLINE vec vec_load(const float *p) { EACH(p[i]); }
+INLINE void vec_store(float *p, vec x) { memcpy(p, x.lane, sizeof x.lane); }
+INLINE vec vec_set(float x) { EACH(x); }
+INLINE vec vec_add(vec a, vec b) { EACH(a.lane[i] + b.lane[i]); }
+INLINE vec vec_sub(vec a, vec b) { EACH(a.lane[i] - b.lane[i]); }
+INLINE vec vec_mul(vec a, vec b) { EACH(a.lane[i] * b.lane[i]); }
+INLINE vec vec_div(vec a, vec b) { EACH(a.lane[i] / b.lane[i]); }
+INLINE vec vec_max(vec a, vec b) { EACH(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
+INLINE vec vec_fma(vec a, vec b, vec c) { EACH(a.lane[i] * b.lane[i] + c.lane[i]); }
+INLINE vec vec_unless_below(vec x, float limit, vec y) { EACH(x.lane[i] < limit ? 0.0f : y.lane[i]); }
+INLINE vec vec_round(vec x) { EACH((float)(int32_t)(x.lane[i] + (x.lane[i] < 0 ? -0.5f : 0.5f))); }
+INLINE vec vec_exp2i(vec n)
+{
+    vec out;
+    for (int i = 0; i < LANES; i++) {
+        uint32_t bits = (uint32_t)((int32_t)n.lane[i] + 127) << 23;
+        memcpy(&out.lane[i], &bits, 4);
+    }
+    return out;
+}
+INLINE vec line_f16(const void *p)
+{
+    uint16_t h[LANES];
+    memcpy(h, p, sizeof h);
+    EACH(f16_to_f32(h[i]));
+}
+INLINE vec line_even(const void *p)
+{
+    uint32_t w[LANES];
+    memcpy(w, p, sizeof w);
+    for (int i = 0; i < LANES; i++)
+        w[i] <<= 16;
+    vec out;
+    memcpy(&out, w, sizeof out);
+    return out;
+}
+INLINE vec line_odd(const void *p)
+{
+    uint32_t w[LANES];
+    memcpy(w, p, sizeof w);
+    for (int i = 0; i < LANES; i++)
+        w[i] &= 0xffff0000u;
+    vec out;
+    memcpy(&out, w, sizeof out);
+    return out;
+}
+#undef EACH
+#endif
+
+#define VECTORS (PANEL / LANES)
+
+#if LANES < 16
+INLINE float vec_reduce_add(vec x)
+{
+    float lane[LANES];
+    vec_store(lane, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            lane[i] += lane[i + half];
+    return lane[0];
+}
+INLINE float vec_reduce_max(vec x)
+{
+    float lane[LANES], best;
+    vec_store(lane, x);
+    best = lane[0];
+    for (int i = 1; i < LANES; i++)
+        best = lane[i] > best ? lane[i] : best;
+    return best;
+}
+#endif
+
+/* e^x for x <= 88, within 2 ulp; 0 below -87, NaN for NaN. Cody–Waite reduction and the minimax polynomial of degree 6 that
+ * Cephes' expf uses. */
+INLINE vec vec_exp(vec x)
+{
+    vec clamped = vec_max(vec_set(-87.0f), x); /* in this order NaN stays */
+    vec n = vec_round(vec_mul(clamped, vec_set(1.44269504089f)));
+    vec r = vec_fma(n, vec_set(-0.693359375f), clamped);
+    r = vec_fma(n, vec_set(2.12194440e-4f), r);
+    vec p = vec_set(1.9875691500e-4f);
+    p = vec_fma(p, r, vec_set(1.3981999507e-3f));
+    p = vec_fma(p, r, vec_set(8.3334519073e-3f));
+    p = vec_fma(p, r, vec_set(4.1665795894e-2f));
+    p = vec_fma(p, r, vec_set(1.6666665459e-1f));
+    p = vec_fma(p, r, vec_set(5.0000001201e-1f));
+    p = vec_fma(vec_mul(r, r), p, vec_add(r, vec_set(1.0f)));
+    return vec_unless_below(x, -87.0f, vec_mul(p, vec_exp2i(n)));
+}
+
+/* Loops over `width` floats, LANES at a time; the tail goes through a zero-filled copy, so that every element sees
+ * the same arithmetic wherever it stands. */
+INLINE vec vec_load_tail(const float *p, int64_t count)
+{
+    float lane[LANES] = {0};
+    memcpy(lane, p, (size_t)count * sizeof *p);
+    return vec_load(lane);
+}
+INLINE void vec_store_tail(float *p, vec x, int64_t count)
+{
+    float lane[LANES];
+    vec_store(lane, x);
+    memcpy(p, lane, (size_t)count * sizeof *p);
+}
+INLINE vec vec_load_upto(const float *p, int64_t left) { return left >= LANES ? vec_load(p) : vec_load_tail(p, left); }
+INLINE void vec_store_upto(float *p, vec x, int64_t left)
+{
+    if (left >= LANES)
+        vec_store(p, x);
+    else
+        vec_store_tail(p, x, left);
+}
+
+#endif

@@ -1,0 +1,18 @@
+#include "simd.h"
+
+void swiglu(const struct swiglu *op, struct worker *me)
+{
+    int64_t width = op->out_width, rows = *op->rows;
+    /* Whole vectors of a row are the unit of work: one long row is shared out too. */
+    int64_t pieces = (width + LANES - 1) / LANES;
+    struct range share = my_share(me, rows * pieces);
+    for (int64_t i = share.begin; i < share.end; i++) {
+        int64_t row = i / pieces, column = i % pieces * LANES, left = width - column;
+        const float *x = op->x + row * op->x_stride + column;
+        vec gate = vec_load_upto(x, left), up = vec_load_upto(x + width, left);
+        /* silu(x) = x / (1 + e^-x); e^-x is kept below the overflow of floats. */
+        vec e = vec_exp(vec_sub(vec_set(0.0f), vec_max(vec_set(-87.0f), gate)));
+        vec silu = vec_div(gate, vec_add(vec_set(1.0f), e));
+        vec_store_upto(op->out + row * op->out_stride + column, vec_mul(silu, up), left);
+    }
+}
