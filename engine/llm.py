@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,14 +11,14 @@ import numpy as np
 
 from engine.checkpoint import Checkpoint
 from engine.config import load_config, load_generation_config
-from engine.detokenizer import StreamDecoder
+from engine.text.detokenizer import StreamDecoder
 from engine.device import Progress, open_device
 from engine.errors import RillError, UsageError
 from engine.request import Completion, Request
 from engine.runner import Runner, check_kv_dtype
 from engine.sampler import SamplingParams
 from engine.scheduler import Scheduler
-from engine.tokenizer import Tokenizer, eos_union, load_tokenizer
+from engine.text.tokenizer import Tokenizer, eos_union, load_tokenizer
 
 ATTENTION_KINDS = ("auto", "standard")
 DTYPES = ("auto", "float32")
@@ -119,13 +118,13 @@ class LLM:
     ) -> Completion:
         """The model's reply to a conversation, [{"role": …, "content": …}], put through its own chat template;
         `template` are the template's own switches, such as enable_thinking."""
-        return self._run([self._request(self.encode_chat(messages, **template), params)])[0]
+        return self._run([self._request(self.encode_chat(messages, **template), params, reply=True)])[0]
 
     def stream_chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
     ) -> Stream:
         """`chat`, as `stream` gives it."""
-        return self.stream(self.encode_chat(messages, **template), params)
+        return Stream(self._scheduler, self._request(self.encode_chat(messages, **template), params, reply=True))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
         """The token ids of a conversation, up to where the reply begins."""
@@ -159,7 +158,10 @@ class LLM:
             raise
         return [request.completion() for request in requests]
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None, want_logits: bool = False) -> Request:
+    def _request(
+        self, prompt: Prompt, params: SamplingParams | None, want_logits: bool = False, reply: bool = False
+    ) -> Request:
+        """A request for what continues a prompt, or for a reply, which begins a text of its own."""
         resolved = (params or SamplingParams()).resolve(self.generation_config)
         ids = self._encode(prompt)
         room = self.max_seq_len - len(ids)
@@ -168,12 +170,10 @@ class LLM:
                              "needs room for one more")  # fmt: skip
         decoder = None
         if self.tokenizer is not None:
-            decoder = StreamDecoder(self.tokenizer, stop=resolved.stop, prompt_ids=ids)
+            decoder = StreamDecoder(self.tokenizer, stop=resolved.stop, prompt_ids=() if reply else ids)
         elif resolved.stop:
             raise UsageError(f"stop strings need a tokenizer: {self._no_tokenizer}")
-        seed = secrets.randbits(64) if resolved.seed is None else resolved.seed
-        return Request(ids, resolved, seed, min(room, resolved.max_tokens or room), self.eos_ids, decoder,
-                       want_logits)  # fmt: skip
+        return Request(ids, resolved, min(room, resolved.max_tokens or room), self.eos_ids, decoder, want_logits)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -185,10 +185,13 @@ class LLM:
             ids = [int(token) for token in prompt]
         if not ids:
             raise UsageError("the prompt is empty, and the model has no token to begin a text with")
-        for token in ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise UsageError(f"token id {token}: the vocabulary has 0 to {self.config.vocab_size - 1}")
-        return ids
+        return [self.check_token(token) for token in ids]
+
+    def check_token(self, token: int) -> int:
+        """The id itself. Raises UsageError where the embedding has no such row."""
+        if not 0 <= token < self.config.vocab_size:
+            raise UsageError(f"token id {token}: the vocabulary has 0 to {self.config.vocab_size - 1}")
+        return token
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

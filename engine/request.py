@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.runner import Sampled, Want
-from engine.sampler import SamplingParams
+from engine.sampler import ResolvedParams
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Request:
     """State of a prompt. The engine thread writes it; other threads read pieces, wait for `done`, or cancel."""
 
     prompt: list[int]
-    params: SamplingParams
-    seed: int
+    params: ResolvedParams
     max_tokens: int
     stop_ids: frozenset[int]
     decoder: Any = None  # detokenizer.StreamDecoder, or None where there is no tokenizer
     want_logits: bool = False
 
     slot: int = -1
+    history_start: int = 0  # of the slot's tokens in the step's history
     computed: int = 0  # tokens whose keys and values are in the cache
     cancelled: bool = False
     finish_reason: str | None = None
@@ -105,24 +105,18 @@ class Request:
         for i in range(count):
             position = self.computed + i
             if position + 1 == len(self.tokens) and not self.want_logits:
-                yield Want(first_row + i, self._prepare_draw, self._accept_token)
+                yield Want(first_row + i, self._fill, self._accept_token)
             elif self.want_logits:
-                yield Want(first_row + i, self._prepare_nothing, self._accept_logits, keep_logits=True)
+                yield Want(first_row + i, lambda entry: self._fill(entry, 0), self._accept_logits, keep_logits=True)
             elif self.needs_every_row and position + 1 < len(self.prompt):
                 yield self._prompt_want(first_row + i, self.prompt[position + 1])
 
     def _prompt_want(self, row: int, target: int) -> Want:
-        def prepare(entry: Any) -> None:
-            self.params.fill(entry, target=target, logprobs=self.params.prompt_logprobs)
+        return Want(row, lambda entry: self._fill(entry, target), self._accept_prompt_logprob)
 
-        return Want(row, prepare, self._accept_prompt_logprob)
-
-    def _prepare_draw(self, entry: Any) -> None:
-        self.params.fill(entry, seed=self.seed, index=len(self.tokens) - len(self.prompt),
-                         history=(self.slot, len(self.tokens), len(self.prompt)))  # fmt: skip
-
-    def _prepare_nothing(self, entry: Any) -> None:
-        self.params.fill(entry, target=0)
+    def _fill(self, entry: Any, target: int | None = None) -> None:
+        self.params.fill(entry, index=len(self.tokens) - len(self.prompt), history_start=self.history_start,
+                         history_length=len(self.tokens), prompt_length=len(self.prompt), target=target)  # fmt: skip
 
     def _accept_logits(self, sampled: Sampled) -> None:
         assert sampled.logits is not None
@@ -175,7 +169,7 @@ class Request:
         if ids and ids[-1] in self.stop_ids and not self.params.ignore_eos:
             ids = ids[:-1]
         return Completion(
-            "".join(self.text), ids, self.finish_reason or "cancelled", self.prompt, self.seed, self.timings,
+            "".join(self.text), ids, self.finish_reason or "cancelled", self.prompt, self.params.seed, self.timings,
             self.logprobs if self.params.logprobs is not None else None,
             self.prompt_logprobs if self.params.prompt_logprobs is not None else None,
         )  # fmt: skip

@@ -175,10 +175,9 @@ class Runner:
         ]  # fmt: skip
 
     def write_history(self, slot: int, position: int, tokens: Sequence[int]) -> None:
-        """Notes tokens of a slot's sequence, which penalties look at. Only the last history_length count."""
-        length = self.step.history_length
-        for i, token in enumerate(tokens[max(0, len(tokens) - length) :], max(position, position + len(tokens) - length)):
-            self.step.arrays["history"][slot * length + i % length] = token
+        """Notes tokens of a slot's sequence from a position on: penalties look at them."""
+        start = slot * self.step.history_length + position
+        self.step.arrays["history"][start : start + len(tokens)] = tokens
 
     def first_not_finite(self, row: int) -> str:
         """Replays the last step node by node; names the first node whose output for this row of the step is not

@@ -128,7 +128,7 @@ class Scheduler:
             slot = max(sorted(self.free_slots), key=lambda s: common_prefix(self.cached[s], request.prompt))
             self.free_slots.remove(slot)
             reusable = 0 if request.needs_every_row else common_prefix(self.cached[slot], request.prompt[:-1])
-            request.slot = slot
+            request.slot, request.history_start = slot, slot * self.runner.step.history_length
             request.computed = self.runner.cache.truncate(slot, reusable)
             request.timings.cached_tokens = request.computed
             request.started = time.perf_counter()

@@ -154,26 +154,28 @@ struct sampling {
     uint64_t seed;
     int64_t index;             /* of the token within its request: with the seed, the whole state of the generator */
     float temperature;         /* 0: the most likely token */
-    float top_p, min_p;
-    float repetition_penalty;  /* of every token so far, the prompt's too */
-    float presence_penalty;    /* of every generated token */
+    float top_p, min_p;        /* 1 and 0: all */
+    float repetition_penalty;  /* of every token so far, the prompt's too; 1: none */
+    float presence_penalty;    /* of every generated token; 0: none */
     int32_t top_k;             /* 0: all */
     int32_t logprobs;          /* how many alternatives to report; -1: no logprobs at all */
     int32_t target;            /* >= 0: report on this token instead of drawing one */
-    int32_t history_start, history_length, prompt_length; /* the sequence's tokens, in `history` */
+    int32_t history_start, history_length, prompt_length; /* the sequence's tokens, in `history`, the prompt's first */
 };
 
+/* Draws token[r] of logits row r as sampling[r] says. Logprobs are those of the logits as they come: no penalty, no
+ * temperature, nothing cut. Unless asked for, logprob is 0; alternatives that there are not, -1 and minus infinity. */
 struct sample {
     const int32_t *rows;
     const struct sampling *sampling;
     const int32_t *history;
-    float *logits;
+    const float *logits;
     int32_t *token;         /* [rows] */
     float *logprob;         /* [rows] */
-    int32_t *top_token;     /* [rows][MAX_LOGPROBS] */
+    int32_t *top_token;     /* [rows][MAX_LOGPROBS], the most likely first */
     float *top_logprob;     /* [rows][MAX_LOGPROBS] */
-    int32_t logits_width, logits_stride;
-    int32_t vocab_size;     /* ids from here on are padding and never drawn */
+    int32_t logits_stride;
+    int32_t vocab_size;     /* ids from here on are padding: never looked at, never drawn */
 };
 void sample(const struct sample *op, struct worker *me);
 int64_t sample_scratch(const struct sample *op, int32_t threads, int32_t max_rows);
@@ -191,6 +193,9 @@ int32_t pack_matrix(const struct source *sources, int32_t count, int32_t n, int3
                     int32_t threads);
 /* The reverse: rows [first, first + count) of a packed matrix as f32 [count, k]. */
 void unpack_matrix(const void *packed, int32_t dtype, int32_t k, int32_t first, int32_t count, float *out);
+
+/* Reads all of a memory on all threads, each its share as that many parallel streams: to be timed. */
+uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t streams);
 
 /* The layout of one head in a page, for those who read the cache from outside. */
 int64_t kv_head_bytes(int32_t dtype, int32_t head_dim);

@@ -19,10 +19,6 @@ LIBRARIES ?= engine/_native
 .DELETE_ON_ERROR:
 all:
 
-ifeq (,$(findstring j,$(MAKEFLAGS)))
-MAKEFLAGS += -j2
-endif
-
 comma := ,
 hash := \#
 
@@ -35,7 +31,7 @@ works = $(shell mkdir -p build && printf '%s\n' $(PROBE_LINES) >$(PROBE).c && \
 all_that_work = $(foreach flag,$(1),$(call works,$(flag)))
 
 ifeq (,$(call works,-std=c11))
-$(error no C11 compiler: `$(CC)` is missing or does not work. Install gcc or clang, or name one: make CC=...)
+$(error no C11 compiler: `$(CC)` is missing or does not work. Install gcc or clang, or name one: make CC=clang)
 endif
 VERSION := $(shell $(CC) --version 2>/dev/null | head -n 1)
 OPENMP := $(call works,-fopenmp)
@@ -57,7 +53,7 @@ FLAGS += $(CFLAGS)
 LINK += $(LDFLAGS)
 
 include native/isa.mk
-UNABLE := $(foreach isa,$(ISAS),$(if $(call works,-std=c11 $(FLAGS_$(isa))),,$(isa)))
+UNABLE := $(strip $(foreach isa,$(ISAS),$(if $(call works,-std=c11 $(FLAGS_$(isa))),,$(isa))))
 ISAS := $(filter-out $(UNABLE),$(ISAS))
 
 CONFIGURATION := $(CC) [$(VERSION)] $(FLAGS) [link: $(LINK)] $(foreach isa,$(ISAS),[$(isa): $(FLAGS_$(isa))])
@@ -81,11 +77,11 @@ $(shell mkdir -p $(BUILD); echo '$(PORTABLE) | $(SHADOWS)' >$(PROBE).list; \
 
 define RULES
 $(BUILD)/$(1)/%.o: native/%.c
-	@mkdir -p $$(@D)
-	$$(CC) $$(FLAGS) $$(FLAGS_$(1)) -MMD -MP -c $$< -o $$@
+	@mkdir -p $$(@D) && echo '$(1): $$<'
+	@$$(CC) $$(FLAGS) $$(FLAGS_$(1)) -MMD -MP -c $$< -o $$@
 
 $(BUILD)/$(1)/libengine_$(1).so: $(call objects_of,$(1)) $(SOURCE_LIST)
-	$$(CC) $(call objects_of,$(1)) $$(LINK) -lm -o $$@
+	@$$(CC) $(call objects_of,$(1)) $$(LINK) -lm -o $$@
 
 -include $(patsubst %.o,%.d,$(call objects_of,$(1)))
 endef

@@ -14,7 +14,7 @@
 #include "native.h"
 
 /* A wait is normally tens of nanoseconds. After this many looks the other thread has no core: give it this one. */
-enum { PATIENCE = 20000 };
+enum { PATIENCE = 2000 };
 
 static inline void relax(void)
 {

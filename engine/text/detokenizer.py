@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from engine.errors import UsageError
 
 if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+    from engine.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 MAX_WAIT = 6  # tokens that may wait for their character to become whole: UTF-8 takes at most 4 bytes
@@ -139,9 +139,9 @@ def _overlap(text: str, stop: str) -> int:
 class StreamDecoder:
     """Streaming text of one sequence.
 
-    All push()es and the flush() together are `tokenizer.decode(ids, after=after)`, up to the first stop
-    string. `after`: ids that the text continues (a raw prompt's), so that a leading space is kept; their own
-    text is not shown.
+    All push()es and the flush() together are `tokenizer.decode(ids, after=prompt_ids)`, up to the first stop
+    string. `prompt_ids`: of a raw prompt that the text continues, so that a leading space is kept; a chat's
+    answer is a text of its own and has none.
     """
 
     def __init__(
@@ -149,10 +149,10 @@ class StreamDecoder:
         tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         *,
-        after: Sequence[int] = (),
+        prompt_ids: Sequence[int] = (),
         skip_special: bool = True,
     ) -> None:
-        self._text = tokenizer.text_stream(after=after, skip_special=skip_special)
+        self._text = tokenizer.text_stream(after=prompt_ids, skip_special=skip_special)
         self._stop = StopMatcher(stop)
 
     @property

@@ -15,7 +15,7 @@ from engine.json_file import parse_object, read_bytes
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from engine.sandbox import BoundedEnvironment
+    from engine.text.sandbox import BoundedEnvironment
 
 MAX_TEMPLATE_BYTES = 1_000_000
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that never get a meaning: stand-ins for masked tokens
@@ -90,7 +90,7 @@ class ChatTemplate:
             raise RillError(f"{self.name}: chat template: {' '.join(reason.split())}") from None
 
     def _load(self) -> tuple[BoundedEnvironment, Template]:
-        from engine.sandbox import BoundedEnvironment
+        from engine.text.sandbox import BoundedEnvironment
 
         if self._loaded is None:
             environment = BoundedEnvironment()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engine.detokenizer import ByteStream, TextStream
+from engine.text.detokenizer import ByteStream, TextStream
 from engine.errors import RillError
-from engine.vocab import MARKUP, Control, Part, token_pattern
+from engine.text.vocab import MARKUP, Control, Part, token_pattern
 
 
 class SentencePieceVocab:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from engine.errors import RillError
-from engine.json_vocab import JsonVocab, byte_alphabet
+from engine.text.json_vocab import JsonVocab, byte_alphabet
 
 if TYPE_CHECKING:
     import tokenizers

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from engine.detokenizer import ByteStream, TextStream, WindowStream
-from engine.vocab import MARKUP, Control, Part
+from engine.text.detokenizer import ByteStream, TextStream, WindowStream
+from engine.text.vocab import MARKUP, Control, Part
 
 if TYPE_CHECKING:
     import tokenizers
@@ -90,15 +90,35 @@ class JsonVocab:
 
         Only made when a text holds what looks like a control token. All ids stay the same.
         """
+        names = {text: f"<{secrets.token_hex(16)}>" for text in self.controls}
+        return self._sharing_model(names) or self._with_own_model(names), names
+
+    def _sharing_model(self, names: Mapping[str, str]) -> tokenizers.Tokenizer | None:
+        """At no cost, where the model's own vocabulary holds no control token (Qwen, Llama 3)."""
+        from tokenizers import AddedToken, Tokenizer
+
+        if any(self._tokenizer.model.token_to_id(text) is not None for text in names):
+            return None
+        strict = Tokenizer(self._tokenizer.model)
+        strict.normalizer = self._tokenizer.normalizer
+        strict.pre_tokenizer = self._tokenizer.pre_tokenizer
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        added = {i: names.get(t.content, t.content) for i, t in sorted(self._added.items())}
+        strict.add_tokens(
+            [AddedToken(text, **{f: getattr(self._added[i], f) for f in flags}) for i, text in added.items()]
+        )
+        return strict if all(strict.token_to_id(text) == i for i, text in added.items()) else None
+
+    def _with_own_model(self, names: Mapping[str, str]) -> tokenizers.Tokenizer:
+        """With the names in the vocabulary too, and without the merges that make them (Llama 2)."""
         from tokenizers import Tokenizer
 
-        names = {text: f"<{secrets.token_hex(16)}>" for text in self.controls}
         spec = json.loads(self._tokenizer.to_str())
         for token in spec["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         _rename_in_model(spec["model"], names)
         spec["post_processor"] = None
-        return Tokenizer.from_str(json.dumps(spec)), names
+        return Tokenizer.from_str(json.dumps(spec))
 
 
 def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from engine.detokenizer import TextStream
+from engine.text.detokenizer import TextStream
 
 MARKUP = re.compile(r"<[^<>\s]+>|\[[A-Z_/]+\]")  # an added token that looks like this steers the model too
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.chat import ChatTemplate, Mask, check_messages, read_chat_template
-from engine.detokenizer import TextStream
+from engine.text.chat import ChatTemplate, Mask, check_messages, read_chat_template
+from engine.text.detokenizer import TextStream
 from engine.errors import RillError, UsageError
 from engine.json_file import Fields, parse_object, read_bytes
-from engine.json_vocab import JsonVocab
-from engine.sentencepiece_vocab import SentencePieceVocab
-from engine.tiktoken import is_tiktoken, llama3_vocab
-from engine.vocab import Control, Part, Vocab, token_pattern
+from engine.text.json_vocab import JsonVocab
+from engine.text.sentencepiece_vocab import SentencePieceVocab
+from engine.text.tiktoken import is_tiktoken, llama3_vocab
+from engine.text.vocab import Control, Part, Vocab, token_pattern
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -109,7 +109,7 @@ class Tokenizer:
         return "".join([*map(stream.push, ids), stream.flush()])
 
     def text_stream(self, *, after: Sequence[int] = (), skip_special: bool = True) -> TextStream:
-        """What turns ids into text one by one; `engine.detokenizer.StreamDecoder` adds stop strings to it."""
+        """What turns ids into text one by one; `engine.text.detokenizer.StreamDecoder` adds stop strings to it."""
         return self._vocab.text_stream(after, skip_special)
 
     def render_chat(

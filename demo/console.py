@@ -1,0 +1,125 @@
+"""Standard output and standard error of a command, and Ctrl-C: text to the one, everything else to the other."""
+
+from __future__ import annotations
+
+import io
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+BACKGROUND = "rill-background"
+
+
+def open_streams() -> None:
+    """UTF-8 whatever the locale says. A closed standard error is silent, a closed standard output an OSError."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8")
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(message: str) -> None:
+    """One line on standard error, whatever the message holds."""
+    print("rill:", re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message).strip(), file=sys.stderr, flush=True)
+
+
+def drop_output() -> None:
+    """Text that nobody takes any more is let go, so that Python does not complain about it when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+
+
+def in_background(work: Callable[[], T]) -> T:
+    """What work() returns or raises. It runs in a thread of its own, so that this one answers Ctrl-C even while
+    native code is busy; KeyboardInterrupt leaves it running."""
+    outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((work(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, name=BACKGROUND, daemon=True).start()
+    result, error = outcome.get()
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def end_interrupted(status: int) -> int:
+    """The exit status. Where work goes on in the background, the process ends here: there is no waiting for it."""
+    if any(thread.name == BACKGROUND for thread in threading.enumerate()):
+        drop_output()
+        os._exit(status)
+    return status
+
+
+@contextmanager
+def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, the first Ctrl-C calls `stop` and the second one raises KeyboardInterrupt.
+
+    A call instead of an exception, so that no piece of text is lost between two statements.
+    """
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop()
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class ProgressBar:
+    """Bytes loaded: a bar on a terminal once it has taken half a second, elsewhere a line now and then."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.drawn = False
+        self.due = time.monotonic() + (0.5 if self.terminal else 2)
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + (0.1 if self.terminal else 10)
+        text = f"loading {done / max(total, 1):4.0%} of {total / 1e9:.1f} GB"
+        if self.terminal:
+            filled = 30 * done // max(total, 1)
+            print(f"\rrill: {text} [{'#' * filled:30}]", end="", file=sys.stderr, flush=True)
+            self.drawn = True
+        else:
+            say(text)
+
+    def clear(self) -> None:
+        if self.drawn:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

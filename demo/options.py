@@ -1,0 +1,167 @@
+"""The options of `rill`: what they are called, what they take, and which of them belong to the engine."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+DESCRIPTION = """\
+Rill runs Qwen3, Qwen2 and Llama checkpoints. Text goes to standard output as it is generated, everything else to
+standard error.
+
+A prompt is a message to the assistant and goes through the model's chat template, where the model has one; --raw has
+the model continue the text instead."""
+
+EPILOG = """\
+examples:
+  rill --raw -p "Once upon a time"             the bundled model goes on with a story
+  rill MODEL -p "What is rain?" -n 100         at most 100 tokens of an answer
+  rill MODEL -p - --temperature 0 < FILE       the prompt from standard input, the likeliest answer
+  rill MODEL --chat                            a conversation: Ctrl-C stops a reply, Ctrl-D ends
+
+Sampling options that are not given come from the model's generation_config.json. RILL_ISA and OMP_NUM_THREADS
+count where --isa and --threads are not given.
+
+exit status: 0 done, 1 failed, 2 misused, 130 stopped by Ctrl-C."""
+
+LLM_OPTIONS = ("device", "isa", "attention", "dtype", "kv_dtype", "max_seq_len", "threads")
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "max_tokens",
+                    "stop", "seed")  # fmt: skip
+
+
+class OptionError(ValueError):
+    """A command line that cannot be followed: exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message.removeprefix('argument ')} (rill --help lists the options)")
+
+
+class Version(argparse.Action):
+    """Reads the version only when it is asked for: importing the engine takes longer than --help may."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from engine import __version__
+
+        print(f"rill {__version__}")
+        parser.exit()
+
+
+def integer(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text[:40]!r}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) or math.isinf(float(text)):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text[:40]!r}")
+    return float(text)
+
+
+def token_ids(text: str) -> list[int]:
+    if not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", text):
+        raise argparse.ArgumentTypeError(f"expected token ids like 151644,872, got {text[:40]!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def make_parser() -> Parser:
+    """Options that name an argument of LLM or SamplingParams store it under that name; absent ones are None."""
+    parser = Parser("rill", usage="rill [MODEL] [TOKENIZER] -p TEXT [options]", description=DESCRIPTION, epilog=EPILOG,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="directory in Hugging Face format, hub name, .safetensors file or "
+        "its index; without one, the bundled model")  # fmt: skip
+    add("tokenizer", nargs="?", metavar="TOKENIZER", help="directory or file; without one, the model's own")
+    add("--version", action=Version, nargs=0, help="print the version and exit")
+    add("--verbose", action="store_true", help="say more about the model, the prompt and each reply")
+    _add_prompt(parser.add_argument_group("the prompt"))
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_engine(parser.add_argument_group("the engine"))
+    group = parser.add_argument_group("checking the engine")
+    group.add_argument("--verify", type=token_ids, metavar="IDS", help="run these token ids on the device and on the "
+                       "NumPy oracle and compare every node; print PASS or the first difference")  # fmt: skip
+    group.add_argument("--gen-len", type=integer, metavar="N",
+                       help="with --verify: tokens to generate as well, by default 0")  # fmt: skip
+    return parser
+
+
+def _add_prompt(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-p", "--prompt", metavar="TEXT", help='what to answer or continue; "-" reads standard input')
+    add("--raw", action="store_true", help="no chat template: continue the text as it stands")
+    add("--system", metavar="TEXT", help="system message, before the prompt or the conversation")
+    add("--think", action=argparse.BooleanOptionalAction, help="let the model think first, or not; for templates that "
+        "know enable_thinking")  # fmt: skip
+    add("--chat", action="store_true", help="a conversation, one line a turn, after the prompt if there is one")
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-n", "--max-tokens", type=integer, metavar="N", help="tokens to generate at most; by default, to the end of "
+        "the context")  # fmt: skip
+    add("--temperature", type=number, metavar="X", help="0 takes the likeliest token; higher is more random")
+    add("--top-k", type=integer, metavar="K", help="sample from the K likeliest tokens; 0 for all")
+    add("--top-p", type=number, metavar="P", help="sample from the fewest tokens that hold probability P together")
+    add("--min-p", type=number, metavar="P", help="leave out tokens below P times the likeliest one's probability")
+    add("--repetition-penalty", type=number, metavar="X", help="divide the scores of tokens seen before; 1 for none")
+    add("--presence-penalty", type=number, metavar="X", help="subtract from the scores of tokens generated before")
+    add("-s", "--seed", type=integer, metavar="N", help="the same seed gives the same text; by default a random one")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+
+
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-c", "--ctx-size", type=integer, dest="max_seq_len", metavar="N", help="positions of the context, prompt and "
+        "reply together; by default 4096, at most the model's own limit")  # fmt: skip
+    add("-t", "--threads", type=integer, metavar="N", help="by default one a core")
+    add("--device", metavar="NAME", help="auto, cpu or numpy")
+    add("--isa", metavar="NAME", help="auto, baseline, avx2, avx512 (the best of its family), ...")
+    add("--dtype", metavar="NAME", help="of the weights: auto (as stored) or float32")
+    add("--kv-dtype", metavar="NAME", help="of the KV cache: auto, float32 or bfloat16")
+    add("--attention", metavar="NAME", help="auto or standard")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises OptionError, or SystemExit after --help and --version."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if problem := _contradiction(options):
+        parser.error(problem)
+    return options
+
+
+def _contradiction(options: argparse.Namespace) -> str | None:
+    if options.verify is not None:
+        given = options.prompt is not None or options.chat
+        return "--verify: takes token ids, no --prompt and no --chat" if given else None
+    if options.gen_len is not None:
+        return "--gen-len: belongs to --verify; --max-tokens bounds a reply"
+    if options.prompt is None and not options.chat:
+        return "nothing to do: give a prompt with -p TEXT or -p -, or talk with --chat"
+    if options.prompt == "-" and options.chat:
+        return "--prompt: - reads all of standard input, from which --chat takes its turns"
+    if options.raw:
+        needs_template = {"--chat": options.chat, "--system": options.system is not None,
+                          "--think/--no-think": options.think is not None}  # fmt: skip
+        return next((f"{name}: needs the chat template that --raw leaves out"
+                     for name, given in needs_template.items() if given), None)  # fmt: skip
+    return None
+
+
+def given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the named options that stand on the command line."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def as_option(message: str) -> str:
+    """A message about an argument of LLM or SamplingParams, with the option's name in place of the argument's."""
+    name, _, rest = message.partition(" ")
+    for action in make_parser()._actions:
+        if action.option_strings and action.dest in LLM_OPTIONS + SAMPLING_OPTIONS and name.rstrip(":") == action.dest:
+            return f"{'/'.join(action.option_strings)}{':' if name.endswith(':') else ''} {rest}"
+    return message

@@ -1,0 +1,207 @@
+/* The one description of everything that crosses from Python to native code. C, CUDA and cffi's parser all read
+ * this file, so it holds fixed-width fields and prototypes only: no #include, no #ifdef (native.h adds those).
+ *
+ * An op's struct, its C function, its Python module and its test share one name. Field names follow one rule, which
+ * lets the lowering fill a struct by itself:  `x` is the address of tensor x;  `x_width` the length of its rows;
+ * `x_stride` the elements from one row to the next;  `x_dtype` its enum dtype;  `rows` points to the number of rows
+ * in this step;  any other field is a scalar that the layer passes under that name. */
+
+enum {
+    PAGE = 64,          /* positions in a page of the KV cache */
+    PANEL = 16,         /* outputs in a panel of a packed weight matrix */
+    LOGIT_ROWS = 32,    /* rows of logits made at once */
+    MAX_LOGPROBS = 20   /* most alternatives reported for a token */
+};
+
+enum dtype { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2 };
+
+enum status {
+    STATUS_OK = 0,
+    STATUS_CANCELLED = 1,  /* control.cancel was set: the step did not happen */
+    STATUS_TOKEN = 2,      /* row `detail` holds a token id outside the vocabulary */
+    STATUS_NOT_FINITE = 3  /* logits row `detail` holds NaN or infinity */
+};
+
+/* Shared with the caller while a plan runs. */
+struct control {
+    int32_t cancel;  /* set by anyone, at any time */
+    int32_t status;  /* enum status */
+    int32_t detail;
+};
+
+struct worker;
+
+struct node {
+    void (*run)(const void *op, struct worker *me);
+    const void *op;
+};
+
+/* Runs the nodes in order on `threads` threads, a barrier after each. Returns enum status. */
+int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch);
+
+/* out[r] = row token[r] of the table. table: packed [vocab_size, width]. */
+struct embedding {
+    const int32_t *rows;
+    const int32_t *token;
+    const void *table;
+    float *out;
+    int32_t table_dtype, out_width, vocab_size;
+};
+void embedding(const struct embedding *op, struct worker *me);
+
+/* Each row of x is `groups` vectors of weight_width numbers: out = x / sqrt(mean(x²) + eps) · weight. */
+struct rmsnorm {
+    const int32_t *rows;
+    const float *x, *weight;
+    float *out;
+    int32_t x_stride, out_stride, weight_width, groups;
+    float eps;
+};
+void rmsnorm(const struct rmsnorm *op, struct worker *me);
+
+/* x += delta;  out = rmsnorm(x). */
+struct add_rmsnorm {
+    const int32_t *rows;
+    float *x;
+    const float *delta, *weight;
+    float *out;
+    int32_t x_stride, delta_stride, out_stride, weight_width;
+    float eps;
+};
+void add_rmsnorm(const struct add_rmsnorm *op, struct worker *me);
+
+/* out = x · weightᵀ + bias. weight: packed [out_width, x_width]; bias: [out_width] or NULL. */
+struct matmul {
+    const int32_t *rows;
+    const float *x;
+    const void *weight;
+    const float *bias;
+    float *out;
+    int32_t weight_dtype, x_width, x_stride, out_width, out_stride;
+};
+void matmul(const struct matmul *op, struct worker *me);
+int64_t matmul_scratch(const struct matmul *op, int32_t threads, int32_t max_rows);
+
+/* out[i] = x[row_index[i]] · weightᵀ, for the rows that want logits. */
+struct logits {
+    const int32_t *rows;
+    const int32_t *row_index;
+    const float *x;
+    const void *weight;
+    float *out;
+    int32_t weight_dtype, x_width, x_stride, out_width, out_stride;
+};
+void logits(const struct logits *op, struct worker *me);
+int64_t logits_scratch(const struct logits *op, int32_t threads, int32_t max_rows);
+
+/* angles[r] = cos and sin of pos[r] · inv_freq, in double precision, times `scaling`: [width/2 cos | width/2 sin]. */
+struct rope_angles {
+    const int32_t *rows;
+    const int32_t *pos;
+    const double *inv_freq;
+    float *angles;
+    int32_t angles_width;
+    float scaling;
+};
+void rope_angles(const struct rope_angles *op, struct worker *me);
+
+/* Rotates each head of x in place, first half of the head against second half. */
+struct rope {
+    const int32_t *rows;
+    const float *angles;
+    float *x;
+    int32_t angles_width, x_width, x_stride;
+};
+void rope(const struct rope *op, struct worker *me);
+
+/* Writes one position of keys and values into the pages of a layer: kv [page][head][K, V].
+ * f32: K [head_dim][PAGE], V [PAGE][width]. bf16: pairs, K [head_dim/2][PAGE][2], V [PAGE/2][width][2]; width is
+ * head_dim rounded up to whole panels. */
+struct kv_store {
+    const int32_t *rows;
+    const int32_t *pos, *seq, *page_table;
+    const float *k, *v;
+    void *kv;
+    int32_t kv_dtype, k_width, k_stride, v_stride, page_table_stride, head_dim;
+};
+void kv_store(const struct kv_store *op, struct worker *me);
+
+/* Multi-head attention that materialises the scores: each row sees the positions up to its own, at most `window`
+ * of them when window > 0. Query head h reads KV head h / (heads / kv_heads). */
+struct attention {
+    const int32_t *rows;
+    const int32_t *pos, *seq, *page_table;
+    const float *q;
+    const void *kv;
+    float *out;
+    int32_t kv_dtype, q_stride, out_stride, page_table_stride, heads, kv_heads, head_dim, window;
+    float scale;
+};
+void attention(const struct attention *op, struct worker *me);
+int64_t attention_scratch(const struct attention *op, int32_t threads, int32_t max_rows);
+
+/* out = silu(gate) · up, where x = [gate | up]. */
+struct swiglu {
+    const int32_t *rows;
+    const float *x;
+    float *out;
+    int32_t x_stride, out_width, out_stride;
+};
+void swiglu(const struct swiglu *op, struct worker *me);
+
+/* What one row of logits is for. */
+struct sampling {
+    uint64_t seed;
+    int64_t index;             /* of the token within its request: with the seed, the whole state of the generator */
+    float temperature;         /* 0: the most likely token */
+    float top_p, min_p;        /* 1 and 0: all */
+    float repetition_penalty;  /* of every token so far, the prompt's too; 1: none */
+    float presence_penalty;    /* of every generated token; 0: none */
+    int32_t top_k;             /* 0: all */
+    int32_t logprobs;          /* how many alternatives to report; -1: no logprobs at all */
+    int32_t target;            /* >= 0: report on this token instead of drawing one */
+    int32_t history_start, history_length, prompt_length; /* the sequence's tokens, in `history`, the prompt's first */
+};
+
+/* Draws token[r] of logits row r as sampling[r] says. Logprobs are those of the logits as they come: no penalty, no
+ * temperature, nothing cut. Unless asked for, logprob is 0; alternatives that there are not, -1 and minus infinity. */
+struct sample {
+    const int32_t *rows;
+    const struct sampling *sampling;
+    const int32_t *history;
+    const float *logits;
+    int32_t *token;         /* [rows] */
+    float *logprob;         /* [rows] */
+    int32_t *top_token;     /* [rows][MAX_LOGPROBS], the most likely first */
+    float *top_logprob;     /* [rows][MAX_LOGPROBS] */
+    int32_t logits_stride;
+    int32_t vocab_size;     /* ids from here on are padding: never looked at, never drawn */
+};
+void sample(const struct sample *op, struct worker *me);
+int64_t sample_scratch(const struct sample *op, int32_t threads, int32_t max_rows);
+
+/* Where some consecutive rows of a matrix come from: a file (fd >= 0) or memory. Rows are contiguous. */
+struct source {
+    int32_t fd, dtype, rows;
+    int64_t offset;
+    const void *data;
+};
+
+/* Reads `count` sources that stack up to an [n, k] matrix into packed panels, rows beyond n as zeros. Threads take
+ * the panels they will read in matmul. Returns 0, or 1 + the index of the source that ended too soon. */
+int32_t pack_matrix(const struct source *sources, int32_t count, int32_t n, int32_t k, int32_t dtype, void *packed,
+                    int32_t threads);
+/* The reverse: rows [first, first + count) of a packed matrix as f32 [count, k]. */
+void unpack_matrix(const void *packed, int32_t dtype, int32_t k, int32_t first, int32_t count, float *out);
+
+/* Reads all of a memory on all threads, each its share as that many parallel streams: to be timed. */
+uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t streams);
+
+/* The layout of one head in a page, for those who read the cache from outside. */
+int64_t kv_head_bytes(int32_t dtype, int32_t head_dim);
+
+/* Whether this CPU and its operating system run the library of that name. */
+int32_t isa_supported(const char *name);
+
+/* sizeof the struct of that name, -1 if there is none: checked against the caller's when a library is loaded. */
+int64_t struct_size(const char *name);

@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizers of every kind, chat templates, text as it streams."""

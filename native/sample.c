@@ -1,0 +1,386 @@
+/* The plan's last node: draws a token of each row of logits. A row is one thread's work from start to end, so its
+ * token depends neither on the threads nor on the rows beside it.
+ *
+ * The largest logit of every BLOCK ids is found first: looking for the most likely tokens then means looking into the
+ * few blocks that can hold them. */
+#include <float.h>
+
+#include "simd.h"
+
+enum {
+    BLOCK = 128,    /* ids that share one maximum */
+    FIRST_TRY = 64, /* tokens sorted before top_p is known to need more */
+    GROWTH = 16
+};
+
+struct candidate {
+    int32_t id;
+    float weight;
+};
+
+/* One row, and a thread's scratch memory for it. A weight is e^((logit − max) / temperature). */
+struct row {
+    const float *logits;
+    int64_t count; /* the ids that exist */
+    int64_t blocks;
+    float max;
+    float inverse_temperature;
+    float *block_max;      /* [blocks] */
+    double *block_mass;    /* [blocks], sums of weights */
+    uint64_t *heap;        /* [count] */
+    struct candidate *top; /* [count], most likely first */
+    float *penalised;      /* [count] */
+    uint64_t *seen;        /* a bit for each id */
+};
+
+static void *carve(char **at, int64_t bytes)
+{
+    char *piece = *at;
+    *at += round_up(bytes, 64);
+    return piece;
+}
+
+/* Lays a row's memory out from `at` on; returns its end. */
+static char *lay_out(struct row *row, int64_t count, char *at)
+{
+    row->count = count;
+    row->blocks = (count + BLOCK - 1) / BLOCK;
+    row->block_max = carve(&at, row->blocks * 4);
+    row->block_mass = carve(&at, row->blocks * 8);
+    row->heap = carve(&at, count * 8);
+    row->top = carve(&at, count * (int64_t)sizeof *row->top);
+    row->penalised = carve(&at, count * 4);
+    row->seen = carve(&at, (count + 63) / 64 * 8);
+    return at;
+}
+
+static int64_t row_bytes(int64_t count)
+{
+    struct row row;
+    char *const start = (char *)64; /* any address: only the distance counts */
+    return lay_out(&row, count, start) - start;
+}
+
+int64_t sample_scratch(const struct sample *op, int32_t threads, int32_t max_rows)
+{
+    (void)max_rows;
+    return threads * row_bytes(op->vocab_size);
+}
+
+/* Logits past the end read as the lowest number: they never win and weigh nothing. */
+INLINE vec load_logits(const float *p, int64_t left)
+{
+    float lane[LANES];
+    if (left >= LANES)
+        return vec_load(p);
+    for (int i = 0; i < LANES; i++)
+        lane[i] = i < left ? p[i] : -FLT_MAX;
+    return vec_load(lane);
+}
+
+/* Finds the maxima. False where a logit is NaN or infinite. */
+static bool scan(struct row *row)
+{
+    vec poison = vec_set(0.0f); /* 0 · x is NaN unless x is finite */
+    row->max = -FLT_MAX;
+    for (int64_t b = 0; b < row->blocks; b++) {
+        int64_t end = min_i64((b + 1) * BLOCK, row->count);
+        vec best = vec_set(-FLT_MAX);
+        for (int64_t i = b * BLOCK; i < end; i += LANES) {
+            vec x = load_logits(row->logits + i, end - i);
+            best = vec_max(best, x);
+            poison = vec_fma(x, vec_set(0.0f), poison);
+        }
+        row->block_max[b] = vec_reduce_max(best);
+        row->max = row->block_max[b] > row->max ? row->block_max[b] : row->max;
+    }
+    return vec_reduce_add(poison) == 0.0f;
+}
+
+INLINE vec weigh(const struct row *row, vec x)
+{
+    return vec_exp(vec_mul(vec_sub(x, vec_set(row->max)), vec_set(row->inverse_temperature)));
+}
+
+static float weight_of(const struct row *row, float x)
+{
+    float lane[LANES];
+    vec_store(lane, weigh(row, vec_set(x)));
+    return lane[0];
+}
+
+/* Weighs all tokens, block by block; returns the sum. */
+static double weigh_all(struct row *row)
+{
+    double total = 0;
+    for (int64_t b = 0; b < row->blocks; b++) {
+        int64_t end = min_i64((b + 1) * BLOCK, row->count);
+        vec sum = vec_set(0.0f);
+        for (int64_t i = b * BLOCK; i < end; i += LANES)
+            sum = vec_add(sum, weigh(row, load_logits(row->logits + i, end - i)));
+        total += row->block_mass[b] = vec_reduce_add(sum);
+    }
+    return total;
+}
+
+/* A number that orders by logit, equal logits by lower id. */
+static uint64_t key_of(float logit, int64_t id)
+{
+    uint32_t bits;
+    logit += 0.0f; /* −0 becomes 0: they are equal */
+    memcpy(&bits, &logit, 4);
+    bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
+    return (uint64_t)bits << 32 | (uint32_t)~id;
+}
+
+static int32_t id_of(uint64_t key)
+{
+    return (int32_t)~(uint32_t)key;
+}
+
+static void sift_down(uint64_t *heap, int64_t count, int64_t at)
+{
+    uint64_t key = heap[at];
+    for (int64_t child; (child = 2 * at + 1) < count; at = child) {
+        child += child + 1 < count && heap[child + 1] > heap[child];
+        if (heap[child] <= key)
+            break;
+        heap[at] = heap[child];
+    }
+    heap[at] = key;
+}
+
+static void heapify(uint64_t *heap, int64_t count)
+{
+    for (int64_t i = count / 2; i-- > 0;)
+        sift_down(heap, count, i);
+}
+
+/* Takes the largest of `count` keys out. */
+static uint64_t pop(uint64_t *heap, int64_t count)
+{
+    uint64_t largest = heap[0];
+    heap[0] = heap[count - 1];
+    sift_down(heap, count - 1, 0);
+    return largest;
+}
+
+/* At least n tokens have this logit or more: the n-th largest of the blocks' maxima. */
+static float lower_bound(struct row *row, int64_t n)
+{
+    if (n > row->blocks)
+        return -FLT_MAX;
+    for (int64_t b = 0; b < row->blocks; b++)
+        row->heap[b] = key_of(row->block_max[b], b);
+    heapify(row->heap, row->blocks);
+    uint64_t key = 0;
+    for (int64_t i = 0; i < n; i++)
+        key = pop(row->heap, row->blocks - i);
+    return row->block_max[id_of(key)];
+}
+
+/* Puts the n most likely tokens into row->top, the first first. */
+static void sort_top(struct row *row, int64_t n)
+{
+    float bound = lower_bound(row, n);
+    int64_t count = 0;
+    for (int64_t b = 0; b < row->blocks; b++) {
+        if (row->block_max[b] < bound)
+            continue;
+        int64_t end = min_i64((b + 1) * BLOCK, row->count);
+        for (int64_t i = b * BLOCK; i < end; i++)
+            if (row->logits[i] >= bound)
+                row->heap[count++] = key_of(row->logits[i], i);
+    }
+    heapify(row->heap, count);
+    for (int64_t i = 0; i < n; i++) {
+        int32_t id = id_of(pop(row->heap, count - i));
+        row->top[i] = (struct candidate){id, weight_of(row, row->logits[id])};
+    }
+}
+
+/* Divides positive and multiplies negative logits of distinct tokens by `repetition`, then takes `presence` away. */
+static void penalise(struct row *row, const int32_t *token, int64_t count, float repetition, float presence)
+{
+    memset(row->seen, 0, (size_t)((row->count + 63) / 64 * 8));
+    for (int64_t i = 0; i < count; i++) {
+        int32_t id = token[i];
+        if (id < 0 || id >= row->count || row->seen[id / 64] >> id % 64 & 1)
+            continue;
+        row->seen[id / 64] |= (uint64_t)1 << id % 64;
+        float x = row->penalised[id];
+        x = (x > 0 ? x / repetition : x * repetition) - presence;
+        row->penalised[id] = fminf(fmaxf(x, -FLT_MAX), FLT_MAX);
+    }
+}
+
+static void apply_penalties(struct row *row, const struct sampling *s, const int32_t *history)
+{
+    if (s->repetition_penalty == 1 && s->presence_penalty == 0)
+        return;
+    history += s->history_start;
+    memcpy(row->penalised, row->logits, (size_t)row->count * 4);
+    penalise(row, history, s->history_length, s->repetition_penalty, 0);
+    penalise(row, history + s->prompt_length, s->history_length - s->prompt_length, 1, s->presence_penalty);
+    row->logits = row->penalised;
+    scan(row);
+}
+
+/* A number in [0, 1): 53 bits of Philox4x32-10 (Salmon et al., 2011) with the seed as key and the index as counter. */
+static double uniform(uint64_t seed, uint64_t index)
+{
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = 0, c3 = 0;
+    for (int round = 0; round < 10; round++) {
+        uint64_t product0 = (uint64_t)0xd2511f53 * c0, product2 = (uint64_t)0xcd9e8d57 * c2;
+        c0 = (uint32_t)(product2 >> 32) ^ c1 ^ key0;
+        c1 = (uint32_t)product2;
+        c2 = (uint32_t)(product0 >> 32) ^ c3 ^ key1;
+        c3 = (uint32_t)product0;
+        key0 += 0x9e3779b9;
+        key1 += 0xbb67ae85;
+    }
+    return (double)(((uint64_t)c0 << 32 | c1) >> 11) * 0x1p-53;
+}
+
+static int32_t argmax(const struct row *row)
+{
+    int64_t b = 0, i;
+    while (row->block_max[b] != row->max)
+        b++;
+    for (i = b * BLOCK; row->logits[i] != row->max; i++)
+        ;
+    return (int32_t)i;
+}
+
+/* All tokens, in order of their ids: the first at which the sum of weights exceeds u of the whole. Should rounding
+ * leave nothing to exceed it, the last that has a weight. */
+static int32_t draw_from_all(struct row *row, double u)
+{
+    double left = u * weigh_all(row);
+    int64_t block = 0, token = 0;
+    for (int64_t b = 0; b < row->blocks; b++) {
+        if (row->block_mass[b] == 0)
+            continue;
+        block = b;
+        if (left < row->block_mass[b])
+            break;
+        left -= row->block_mass[b];
+    }
+    for (int64_t i = block * BLOCK; i < min_i64((block + 1) * BLOCK, row->count); i++) {
+        float weight = weight_of(row, row->logits[i]);
+        if (weight == 0)
+            continue;
+        token = i;
+        if (left < weight)
+            break;
+        left -= weight;
+    }
+    return (int32_t)token;
+}
+
+/* How many of the n sorted tokens top_p and min_p leave; 0 when n are too few to tell. */
+static int64_t cut(const struct row *row, int64_t n, double wanted, float min_p)
+{
+    double mass = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (i > 0 && row->top[i].weight < min_p)
+            return i;
+        mass += row->top[i].weight;
+        if (mass >= wanted)
+            return i + 1;
+    }
+    return 0;
+}
+
+static double mass_of(const struct row *row, int64_t n)
+{
+    double mass = 0;
+    for (int64_t i = 0; i < n; i++)
+        mass += row->top[i].weight;
+    return mass;
+}
+
+/* Sorts as many tokens as top_k, top_p and min_p leave, and returns their number. */
+static int64_t keep_likely(struct row *row, const struct sampling *s)
+{
+    if (s->top_k > 0 && s->top_k < row->count) {
+        sort_top(row, s->top_k);
+        double wanted = s->top_p < 1 ? s->top_p * mass_of(row, s->top_k) : DBL_MAX;
+        int64_t kept = cut(row, s->top_k, wanted, s->min_p);
+        return kept ? kept : s->top_k;
+    }
+    double wanted = s->top_p < 1 ? s->top_p * weigh_all(row) : DBL_MAX;
+    for (int64_t n = min_i64(FIRST_TRY, row->count);; n = min_i64(n * GROWTH, row->count)) {
+        sort_top(row, n);
+        int64_t kept = cut(row, n, wanted, s->min_p);
+        if (kept || n == row->count)
+            return kept ? kept : n;
+    }
+}
+
+/* The tokens kept, the most likely first: the first at which the sum of weights exceeds u of the whole. */
+static int32_t draw_from_likely(struct row *row, const struct sampling *s, double u)
+{
+    int64_t kept = keep_likely(row, s), i = 0;
+    double left = u * mass_of(row, kept);
+    while (i + 1 < kept && left >= row->top[i].weight && row->top[i + 1].weight > 0)
+        left -= row->top[i++].weight;
+    return row->top[i].id;
+}
+
+static int32_t choose(struct row *row, const struct sampling *s, const int32_t *history)
+{
+    if (s->target >= 0)
+        return s->target;
+    apply_penalties(row, s, history);
+    if (s->temperature == 0)
+        return argmax(row);
+    row->inverse_temperature = fminf(1.0f / s->temperature, FLT_MAX);
+    double u = uniform(s->seed, (uint64_t)s->index);
+    bool all = (s->top_k <= 0 || s->top_k >= row->count) && s->top_p >= 1 && s->min_p <= 0;
+    return all ? draw_from_all(row, u) : draw_from_likely(row, s, u);
+}
+
+/* Writes the alternatives; returns what to subtract from a logit for its log probability. */
+static double report(struct row *row, int32_t alternatives, int32_t *token, float *logprob)
+{
+    row->inverse_temperature = 1;
+    double log_sum = row->max + log(weigh_all(row));
+    int64_t n = min_i64(min_i64(alternatives, MAX_LOGPROBS), row->count);
+    if (n > 0)
+        sort_top(row, n);
+    for (int64_t i = 0; i < n; i++) {
+        token[i] = row->top[i].id;
+        logprob[i] = (float)(row->logits[token[i]] - log_sum);
+    }
+    return log_sum;
+}
+
+static void sample_row(const struct sample *op, struct worker *me, int64_t r)
+{
+    const struct sampling *s = op->sampling + r;
+    const float *logits = op->logits + r * op->logits_stride;
+    int32_t *top_token = op->top_token + r * MAX_LOGPROBS;
+    float *top_logprob = op->top_logprob + r * MAX_LOGPROBS;
+    struct row row = {.logits = logits};
+    lay_out(&row, op->vocab_size, me->team->scratch + me->index * row_bytes(op->vocab_size));
+    if (!scan(&row)) {
+        fail(me, STATUS_NOT_FINITE, (int32_t)r);
+        return;
+    }
+    for (int i = 0; i < MAX_LOGPROBS; i++) {
+        top_token[i] = -1;
+        top_logprob[i] = -INFINITY;
+    }
+    double log_sum = s->logprobs >= 0 ? report(&row, s->logprobs, top_token, top_logprob) : 0;
+    int32_t token = choose(&row, s, op->history);
+    op->token[r] = token;
+    op->logprob[r] = s->logprobs < 0 ? 0 : token < op->vocab_size ? (float)(logits[token] - log_sum) : -INFINITY;
+}
+
+void sample(const struct sample *op, struct worker *me)
+{
+    for (int32_t r = take(me); r < *op->rows; r = take(me))
+        sample_row(op, me, r);
+}

@@ -1,0 +1,248 @@
+"""Train a bundled model on generated stories and chats (needs `torch` and `transformers`).
+
+    python -m tools.train_model --model tiny-qwen3 --steps 4000 --checkpoint DIR --out models/tiny-qwen3
+
+Each worker is one thread and takes its share of a step's rows; gradients meet once a step, so that a busy
+machine slows a run down and does not stall it. A run that was interrupted goes on from its last checkpoint
+when started again with the same arguments.
+`--export` writes the model directory from the last checkpoint without training on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tools.evaluate_model import CONTEXT, count_right_answers, held_out_loss, loss_of
+from tools.train_data import ENCODERS, Encoder, pack_rows
+from tools.train_tokenizer import TRAINERS
+
+STEP_TOKENS = 2048
+# Recall is learned sooner and cheaper in short rows; long ones then teach it over the whole context.
+ROW_LENGTHS, LATE_ROW_LENGTHS, LATE_SHARE = (256,), (256, 512, 256, CONTEXT), 0.4
+PEAK_LEARNING_RATE, FINAL_SHARE, WARM_UP_STEPS = 2e-3, 0.05, 100
+WEIGHT_DECAY, CLIP_NORM, BETAS = 0.1, 1.0, (0.9, 0.98)
+CHECKPOINT_SECONDS, REPORT_STEPS, EVALUATE_STEPS = 90, 50, 500
+EVALUATE_CHATS = 60
+SHAPE = {
+    "vocab_size": 1536,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+
+
+def build_model(name: str) -> torch.nn.Module:
+    """A freshly initialised model: about 3.1 million parameters."""
+    if name == "tiny-qwen3":
+        ids = {"bos_token_id": None, "eos_token_id": 1499, "pad_token_id": 1497}
+        rope = {"rope_type": "default", "rope_theta": 1e6}
+        shape = SHAPE | {"num_hidden_layers": 4, "head_dim": 48}
+        return Qwen3ForCausalLM(Qwen3Config(**shape, **ids, tie_word_embeddings=True, rope_parameters=rope))
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    shape = SHAPE | {"num_hidden_layers": 4, "head_dim": 32}
+    return LlamaForCausalLM(LlamaConfig(**shape, **ids, tie_word_embeddings=False, rope_parameters=rope))
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a small share of the peak."""
+    if step < WARM_UP_STEPS:
+        return PEAK_LEARNING_RATE * (step + 1) / WARM_UP_STEPS
+    done = (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS)
+    return PEAK_LEARNING_RATE * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def row_length(step: int, steps: int) -> int:
+    """Tokens in a row: short ones at first, then a mixture up to the whole context."""
+    lengths = ROW_LENGTHS if step < (1 - LATE_SHARE) * steps else LATE_ROW_LENGTHS
+    return lengths[step % len(lengths)]
+
+
+class Training:
+    """A model, its optimizer and the step reached, which is also the position in the data.
+
+    Every worker holds the same; worker 0 alone reports and saves.
+    """
+
+    def __init__(self, name: str, steps: int, checkpoint: Path, worker: int = 0, workers: int = 1) -> None:
+        self.name, self.steps, self.directory, self.step = name, steps, checkpoint, 0
+        self.worker, self.workers = worker, workers
+        torch.manual_seed(0)
+        self.encoder: Encoder = ENCODERS[name](self.directory)
+        self.model = build_model(name)
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=BETAS, fused=True)
+        self._restore()
+
+    @property
+    def _file(self) -> Path:
+        return self.directory / "checkpoint.pt"
+
+    def _restore(self) -> None:
+        if self._file.exists():
+            state = torch.load(self._file, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+            print(f"going on from step {self.step}", flush=True)
+
+    def save(self) -> None:
+        """Write a checkpoint; a reader never sees half of one."""
+        partial = self._file.with_suffix(".partial")
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        torch.save(state, partial)
+        partial.replace(self._file)
+
+    def run(self) -> None:
+        """Train up to the last step."""
+        saved = started = time.monotonic()
+        losses: list[float] = []
+        tokens = 0
+        while self.step < self.steps:
+            losses.append(self._one_step())
+            tokens += STEP_TOKENS
+            if self.worker:
+                continue
+            if self.step % REPORT_STEPS == 0:
+                speed = tokens / (time.monotonic() - started)
+                self._log(step=self.step, loss=sum(losses) / len(losses), tokens_per_second=round(speed))
+                losses = []
+            if self.step % EVALUATE_STEPS == 0:
+                self._evaluate()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        if not self.worker:
+            self.save()
+
+    def _one_step(self) -> float:
+        length = row_length(self.step, self.steps)
+        count = STEP_TOKENS // length // self.workers
+        rows = pack_rows(self.encoder, f"train/{self.step}/{self.worker}", count, length)
+        ids, labels = (torch.from_numpy(array) for array in rows)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps)
+        loss = loss_of(self.model, ids, labels)
+        loss.backward()
+        self._average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(loss.detach())
+
+    def _average_gradients(self) -> None:
+        if self.workers == 1:
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients]) / self.workers
+        torch.distributed.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def _evaluate(self) -> None:
+        right, asked = count_right_answers(self.model, self.encoder, EVALUATE_CHATS)
+        shares = {category: right[category] / asked[category] for category in sorted(asked)}
+        loss = held_out_loss(self.model, self.encoder)
+        self._log(step=self.step, held_out_loss=loss, right=right.total() / asked.total(), **shares)
+
+    def _log(self, **values: Any) -> None:
+        line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()})
+        print(line, flush=True)
+        with (self.directory / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+
+def export(training: Training, out: Path) -> None:
+    """Write the model directory in Hugging Face format, weights in bf16."""
+    partial = out.with_name(out.name + ".partial")
+    model = build_model(training.name)
+    model.load_state_dict(training.model.state_dict())
+    model.to(torch.bfloat16).save_pretrained(partial)
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        if (training.directory / name).exists():
+            (partial / name).write_bytes((training.directory / name).read_bytes())
+    _write_generation_config(training.name, partial)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(partial.iterdir()):
+        file.chmod(0o644)
+        file.replace(out / file.name)
+    partial.rmdir()
+
+
+def _write_generation_config(name: str, directory: Path) -> None:
+    config: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+    if name == "tiny-qwen3":
+        config = {"eos_token_id": [1499, 1497], "pad_token_id": 1497}
+    config |= {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.95}
+    (directory / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def train(worker: int, arguments: argparse.Namespace) -> None:
+    """What one worker does: train, and for worker 0 export."""
+    torch.set_num_threads(1)
+    rendezvous = arguments.checkpoint.resolve() / "rendezvous"
+    if arguments.workers > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=worker, world_size=arguments.workers
+        )
+    training = Training(arguments.model, arguments.steps, arguments.checkpoint, worker, arguments.workers)
+    training.run()
+    if worker == 0:
+        export(training, arguments.out)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Make the tokenizer if it is not there yet, and clear away what an interrupted run left."""
+    arguments.checkpoint.mkdir(parents=True, exist_ok=True)
+    (arguments.checkpoint / "rendezvous").unlink(missing_ok=True)
+    if not (arguments.checkpoint / "tokenizer_config.json").exists():
+        TRAINERS[arguments.model](arguments.checkpoint)
+
+
+def main() -> None:
+    """Start the workers."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=TRAINERS, default="tiny-qwen3")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2, choices=(1, 2), help="processes of one thread each")
+    parser.add_argument(
+        "--export", action="store_true", help="only write the directory from the last checkpoint"
+    )
+    arguments = parser.parse_args()
+    if arguments.export:
+        export(Training(arguments.model, arguments.steps, arguments.checkpoint), arguments.out)
+        return
+    prepare(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if arguments.workers == 1:
+        train(0, arguments)
+    else:
+        torch.multiprocessing.spawn(train, (arguments,), nprocs=arguments.workers)
+
+
+if __name__ == "__main__":
+    main()
