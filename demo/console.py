@@ -12,7 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from engine import Completion, Stream
 
 T = TypeVar("T")
 BACKGROUND = "rill-background"
@@ -72,8 +75,8 @@ def in_background(work: Callable[[], T]) -> T:
 
 def end_interrupted(status: int) -> int:
     """The exit status. Where work goes on in the background, the process ends here: there is no waiting for it."""
+    drop_output()
     if any(thread.name == BACKGROUND for thread in threading.enumerate()):
-        drop_output()
         os._exit(status)
     return status
 
@@ -98,6 +101,17 @@ def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def show(stream: Stream) -> Completion:
+    """Writes the text as it comes, and a newline after it. Ctrl-C ends it; what there is so far is kept."""
+    with on_interrupt(stream.close):
+        try:
+            for piece in stream:
+                write(piece)
+        finally:
+            write("\n")
+    return stream.completion()
 
 
 class ProgressBar:

@@ -158,10 +158,18 @@ def given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
+def system_message(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return [] if options.system is None else [{"role": "system", "content": options.system}]
+
+
+def template_variables(options: argparse.Namespace) -> dict[str, Any]:
+    """What the chat template is told beside the messages."""
+    return {} if options.think is None else {"enable_thinking": options.think}
+
+
 def as_option(message: str) -> str:
-    """A message about an argument of LLM or SamplingParams, with the option's name in place of the argument's."""
-    name, _, rest = message.partition(" ")
-    for action in make_parser()._actions:
-        if action.option_strings and action.dest in LLM_OPTIONS + SAMPLING_OPTIONS and name.rstrip(":") == action.dest:
-            return f"{'/'.join(action.option_strings)}{':' if name.endswith(':') else ''} {rest}"
-    return message
+    """A message that begins with an argument of LLM or SamplingParams, with the option's name in its place."""
+    flags = {action.dest: "/".join(action.option_strings) for action in make_parser()._actions}
+    message = message.removeprefix("sampling: ")
+    name = re.match(r"\w*", message)[0]  # type: ignore[index]
+    return flags[name] + message[len(name) :] if name in LLM_OPTIONS + SAMPLING_OPTIONS else message
