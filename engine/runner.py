@@ -57,7 +57,8 @@ class Sampled:
 
 
 class Runner:
-    """Builds the plan of a checkpoint on a device, checks that memory suffices, and loads the weights."""
+    """The plan of a checkpoint on a device. Raises RillError where memory would not suffice; `load` reads the weights.
+    """
 
     def __init__(
         self,
@@ -84,6 +85,8 @@ class Runner:
                                     KV_DTYPES[kv_dtype])  # fmt: skip
         self.page_bytes = (len(self.layers) * config.num_key_value_heads
                            * device.cache_bytes(KV_DTYPES[kv_dtype], config.head_dim))  # fmt: skip
+        self.cache_capacity_bytes = pages * self.page_bytes  # the most that the cache can come to take
+        self._check_memory()
         self.plan = Plan(device)
         self.step = Step(device, self.plan, self.max_rows, max_batch, self.pages_per_seq)
         self.cache = KVCache(self.layers, self.step.arrays["page_table"], pages)
@@ -103,17 +106,11 @@ class Runner:
         return sum(self.device.weight_bytes(weight) for weight in self.weights)
 
     @property
-    def cache_capacity_bytes(self) -> int:
-        """The most that the cache can come to take."""
-        return len(self.cache.free) * self.page_bytes
-
-    @property
     def cache_used_bytes(self) -> int:
         return self.cache.used_pages() * self.page_bytes
 
     def load(self, progress: Progress | None = None) -> None:
-        """Reads the weights and lowers the plan. Raises RillError, before anything is read, if memory is too small."""
-        self._check_memory()
+        """Reads the weights and lowers the plan."""
         self.device.load(self.weights, progress)
         for tensor in self.layers:
             self.device.allocate([tensor])

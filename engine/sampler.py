@@ -43,7 +43,7 @@ class SamplingParams:
     min_p               drop tokens less likely than this share of the most likely one; 0: none
     repetition_penalty  every token so far, the prompt's too: positive logits divided by it, others multiplied
     presence_penalty    subtracted from the logit of every token generated so far
-    max_tokens          stop after so many, None: when the context is full
+    max_tokens          stop after so many; None: when the context is full
     stop                texts that end the generation; they are not part of it
     seed                0 … 2⁶⁴ − 1: the same seed gives the same text; None: a random one
     ignore_eos          go on after the model's end of text
@@ -57,7 +57,7 @@ class SamplingParams:
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
-    max_tokens: int | None = 256
+    max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
