@@ -18,7 +18,7 @@ from engine.request import Completion, Request
 from engine.runner import Runner, check_kv_dtype
 from engine.sampler import SamplingParams
 from engine.scheduler import Scheduler
-from engine.text.tokenizer import Tokenizer, eos_union, load_tokenizer
+from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 ATTENTION_KINDS = ("auto", "standard")
 DTYPES = ("auto", "float32")
@@ -84,8 +84,9 @@ class LLM:
         return self.tokenizer.vocab_size
 
     def _eos_ids(self) -> frozenset[int]:
-        own = self.config.eos_token_ids | self.generation_config.get("eos_token_id", frozenset())
-        return own | eos_union(self.tokenizer, self.directory)
+        """All ids that end a text. No single file names them all: a Qwen3 chat ends at <|im_end|> or <|endoftext|>."""
+        tokenizer = self.tokenizer.eos_ids if self.tokenizer else frozenset()
+        return tokenizer | self.config.eos_token_ids | self.generation_config.get("eos_token_id", frozenset())
 
     # Generating.
 

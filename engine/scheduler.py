@@ -66,6 +66,8 @@ class Scheduler:
         while self._wait():
             try:
                 self._step()
+            except Cancelled:
+                continue  # the step did not happen; it is formed anew without those who left
             except Exception as error:  # whatever it is, callers must not wait for ever
                 self._fail(list(self.running), error)
 
@@ -83,8 +85,6 @@ class Scheduler:
         segments, wants, owners = self._compose()
         try:
             self.runner.run(segments, wants)
-        except Cancelled:
-            return  # the step did not happen; it is formed anew without those who left
         except NotFiniteError as error:
             row = wants[error.row].row
             where = self.runner.first_not_finite(row)
@@ -127,13 +127,13 @@ class Scheduler:
                 continue
             slot = max(sorted(self.free_slots), key=lambda s: common_prefix(self.cached[s], request.prompt))
             self.free_slots.remove(slot)
-            reusable = 0 if request.needs_every_row else common_prefix(self.cached[slot], request.prompt[:-1])
             request.slot, request.history_start = slot, slot * self.runner.step.history_length
+            self.running.append(request)
+            reusable = 0 if request.needs_every_row else common_prefix(self.cached[slot], request.prompt[:-1])
             request.computed = self.runner.cache.truncate(slot, reusable)
             request.timings.cached_tokens = request.computed
             request.started = time.perf_counter()
             self.runner.write_history(slot, 0, request.prompt)
-            self.running.append(request)
 
     def _drop_cancelled(self) -> None:
         with self.changed:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_tokenizers import CHATML, LLAMA2_CHAT, llama2, llama3, metaspace, qwen, sentencepiece, write
 from tokenizers import Tokenizer as Library
 
-from engine import sandbox
+from engine.text import sandbox
 from engine.errors import RillError, UsageError
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -193,6 +193,21 @@ def test_a_full_context_ends_with_length(tiny: Path) -> None:
         assert model.logits([1] * 64).shape == (64, 320)
 
 
+def test_eos_is_the_union_of_what_all_files_say(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    for name, ids in (("generation_config", [5, 6]), ("config", 7)):
+        old = json.loads((model / f"{name}.json").read_text())
+        (model / f"{name}.json").write_text(json.dumps({**old, "eos_token_id": ids}))
+    with LLM(model, max_seq_len=64) as llm:
+        assert llm.tokenizer is not None
+        assert llm.eos_ids == {5, 6, 7} | llm.tokenizer.eos_ids
+        assert llm.tokenizer.eos_ids
+    (model / "tokenizer.json").unlink()
+    with LLM(model, max_seq_len=64) as llm:
+        assert llm.eos_ids == {5, 6, 7}
+
+
 @pytest.mark.parametrize("prompt, message", [
     ([], "empty"), ([320], "token id 320"), ([-1], "token id -1"), ([1, 10**12], "token id 1000000000000"),
 ])  # fmt: skip

@@ -25,7 +25,7 @@ from engine.ops.rmsnorm import RMSNorm, rmsnorm
 
 def exact_rmsnorm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """In float64; x [rows, groups · width]."""
-    vectors = x.astype(np.float64).reshape(len(x), -1, len(weight))
+    vectors = x.astype(np.float64).reshape(len(x), x.shape[1] // len(weight), len(weight))
     return (vectors / np.sqrt(np.mean(vectors**2, axis=-1, keepdims=True) + eps) * weight).reshape(x.shape)
 
 

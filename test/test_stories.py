@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
+from engine.text.tokenizer import load_tokenizer
 from tools.chats import CHAT_KINDS, UNKNOWN, ChatKind, Turns, make_chat
 from tools.quizzes import make_quiz
 from tools.stories import DRAWN, QUESTIONS, ask, make_story, tell
 from tools.story_plots import INTRODUCTION, PLOTS, TREASURE, WEATHER_LINES
 from tools.story_world import HE, SHE, WEATHERS, draw_names, is_held_out, is_she, with_article
+from tools.train_data import ENCODERS, IGNORED, pack_rows
 
+MODELS = Path(__file__).parent.parent / "models"
 SEEDS = range(150)
 TOLD = {"hero", "kind", "friend", "fkind", *DRAWN}
 FIXED_ANSWERS = {answer for _, answer in QUESTIONS.values() if "{" not in answer}
@@ -169,3 +173,46 @@ def test_articles(noun: str, article: str) -> None:
 def test_a_world_can_be_told_in_every_plot() -> None:
     world = make_story(random.Random(0)).world
     assert {tell(random.Random(seed), world).plot for seed in range(400)} == set(PLOTS)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_chats_are_learned_as_the_engine_renders_them(name: str) -> None:
+    """Training reads a chat as the same ids that the model's template and the engine's tokenizer give."""
+    encoder, tokenizer = ENCODERS[name](MODELS / name), load_tokenizer(MODELS / name)
+    for seed in range(60):
+        turns = make_chat(random.Random(seed))
+        document = encoder.chat(turns)
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        rendered = tokenizer.encode_chat(messages, add_generation_prompt=False)
+        assert document.ids[: len(rendered)] == rendered
+        first = turns.index(next(turn for turn in turns if turn.role == "assistant"))
+        prompt = tokenizer.encode_chat(messages[:first], add_generation_prompt=True)
+        assert document.ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_rows_hold_whole_documents(name: str) -> None:
+    encoder = ENCODERS[name](MODELS / name)
+    ids, labels = pack_rows(encoder, "rows", rows=3, length=512)
+    again, _ = pack_rows(encoder, "rows", rows=3, length=512)
+    assert ids.shape == labels.shape == (3, 512)
+    assert (ids == again).all()
+    learned = labels != IGNORED
+    assert (labels[learned] == ids[learned]).all()
+    assert 0.3 < learned.mean() < 0.95
+    assert (ids[:, -1] == encoder.end).all() or not learned[:, -1].all()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_bundled_models_are_complete_and_small(name: str) -> None:
+    files = {file.name: file.stat().st_size for file in (MODELS / name).iterdir()}
+    tokenizer = "tokenizer.json" if name == "tiny-qwen3" else "tokenizer.model"
+    needed = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+        "README.md",
+    }
+    assert set(files) == needed | {tokenizer}
+    assert sum(files.values()) <= 8_000_000

@@ -27,10 +27,10 @@ from small_tokenizers import (
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from engine import tiktoken
+from engine.text import tiktoken
 from engine.errors import RillError, UsageError
 from engine.text.json_vocab import byte_alphabet
-from engine.text.tokenizer import eos_union, load_tokenizer
+from engine.text.tokenizer import load_tokenizer
 
 TEXTS = ["Once upon a time, 1234567 stones.", "don't \n\n  stop", "你好 👩\u200d👧 Cafe\u0301", " a", ""]
 
@@ -241,22 +241,9 @@ def test_a_template_s_end_of_text_is_no_bos(tmp_path: Path) -> None:
     assert tokenizer.bos_id is None and tokenizer.encode("", bos=True) == []
 
 
-def test_eos_is_the_union_of_what_all_files_say(tmp_path: Path) -> None:
-    files = {
-        "tokenizer_config": {"eos_token": "<|im_end|>"},
-        "generation_config": {"eos_token_id": [5, 6]},
-        "config": {"eos_token_id": 7},
-    }
-    tokenizer = load_tokenizer(write(tmp_path, qwen(), **files))
-    end = Library.from_str(qwen()).token_to_id("<|im_end|>")
-    assert tokenizer.eos_ids == {end}
-    assert eos_union(tokenizer, tmp_path) == {end, 5, 6, 7}
-    assert eos_union(None, tmp_path) == {5, 6, 7}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert eos_union(None, tmp_path) == {7}
-    (tmp_path / "config.json").write_text('{"eos_token_id": "7"}')
-    with pytest.raises(RillError, match=r"config\.json: eos_token_id"):
-        eos_union(None, tmp_path)
+def test_eos_is_what_the_tokenizer_s_own_files_say(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, qwen(), tokenizer_config={"eos_token": "<|im_end|>"}))
+    assert tokenizer.eos_ids == {Library.from_str(qwen()).token_to_id("<|im_end|>")}
 
 
 def test_special_tokens_map_is_read_where_the_config_is_silent(tmp_path: Path) -> None:

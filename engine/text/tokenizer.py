@@ -42,24 +42,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(_load_vocab(path, config), tokens, config, template, str(path))
 
 
-def eos_union(tokenizer: Tokenizer | None, directory: Path) -> frozenset[int]:
-    """All ids that end a text: the tokenizer's own, and those in the model's generation_config.json and
-    config.json.
-
-    A Qwen3 chat ends at <|im_end|> or <|endoftext|>, and no single file names both.
-    """
-    ids = tokenizer.eos_ids if tokenizer else frozenset()
-    for name in ("generation_config.json", "config.json"):
-        ids |= _read_optional(directory / name).token_ids("eos_token_id")
-    return ids
-
-
 class Tokenizer:
     """Text to ids and back. Made by `load_tokenizer`.
 
     vocab_size       highest id + 1; the model's embedding may have more rows, which are never text
     bos_id           what a raw prompt begins with, None where the tokenizer has no such token
-    eos_ids          the tokenizer's own ends of text; see `eos_union` for the model's
+    eos_ids          the tokenizer's own ends of text; the model's files may name more
     """
 
     def __init__(

@@ -1,0 +1,257 @@
+"""attention over pages against float64: GQA, page boundaries, windows, chunks, and whatever must not be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from harness import (
+    AROUND_TWO_PAGES,
+    ATTENTION_CASES,
+    CACHE_DTYPES,
+    AttentionCase,
+    AttentionRig,
+    Part,
+    Sequence3,
+    assert_close,
+    assert_same_bits,
+    cpu_devices,
+    devices,
+    error_limit,
+    exact_attention,
+    isa_pairs,
+    normal,
+    rounds_to_bf16,
+    sequences,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.abi import BFLOAT16, FLOAT32
+from engine.device import Device
+from engine.errors import UsageError
+from engine.kvcache import PAGE
+from engine.ops.attention import MultiHeadAttention
+
+every_dtype = pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+CHUNKED = (
+    AttentionCase(8, 2, 24, (70, 30)),
+    AttentionCase(3, 1, 64, (131,)),
+    AttentionCase(4, 4, 16, (140, 66), window=5),
+    AttentionCase(4, 2, 40, (129, 64), window=70),
+)
+
+
+def assert_exact(outputs: list[np.ndarray], case: AttentionCase, data: list[Sequence3], device: Device,
+                 dtype: np.dtype) -> None:  # fmt: skip
+    for length, output, sequence in zip(case.lengths, outputs, data, strict=True):
+        exact = exact_attention(case, sequence, dtype)
+        assert_close(output, exact, error_limit(device, dtype), (device.description, case, length))
+
+
+def assert_same(outputs: list[np.ndarray], expected: list[np.ndarray], what: object) -> None:
+    for slot, (output, other) in enumerate(zip(outputs, expected, strict=True)):
+        assert_same_bits(output, other, (what, f"sequence {slot}"))
+
+
+@every_dtype
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda c: f"{c.heads}-{c.kv_heads}-{c.head_dim}-w{c.window}")
+def test_several_sequences_in_one_step(case: AttentionCase, dtype: np.dtype) -> None:
+    data = sequences(case)
+    for device in devices():
+        assert_exact(AttentionRig(device, case, dtype).run_whole(data), case, data, device, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_chunks_and_single_rows_give_the_bits_of_one_go(case: AttentionCase, dtype: np.dtype) -> None:
+    data = sequences(case)
+    for device in cpu_devices():
+        whole = AttentionRig(device, case, dtype).run_whole(data)
+        for chunk in (1, 7, 25, 64, 100):
+            chunked = AttentionRig(device, case, dtype).run_chunks(data, chunk)
+            assert_same(chunked, whole, (device.description, f"chunks of {chunk}"))
+
+
+@every_dtype
+def test_decoding_agrees_with_float64(dtype: np.dtype) -> None:
+    """A prompt, then row by row over a page's end, with the sequences in changing order."""
+    case = AttentionCase(6, 2, 40, (70, 69))
+    data = sequences(case)
+    for device in devices():
+        rig = AttentionRig(device, case, dtype)
+        first, second = rig.run(data, [Part(0, 0, 61), Part(1, 0, 60)])
+        pieces = [[first], [second]]
+        for step in range(9):
+            parts = [Part(0, 61 + step, 62 + step), Part(1, 60 + step, 61 + step)]
+            parts = parts[:: 1 if step % 2 else -1]
+            for part, output in zip(parts, rig.run(data, parts), strict=True):
+                pieces[part.slot].append(output)
+        assert_exact([np.concatenate(p) for p in pieces], case, data, device, dtype)
+
+
+@every_dtype
+def test_a_sequence_alone_has_the_bits_it_has_in_company(dtype: np.dtype) -> None:
+    """Whatever the others hold, wherever the pages lie."""
+    case = AttentionCase(6, 3, 24, (65, 20, 130), window=70)
+    data, others = sequences(case), sequences(case, seed=1)
+    for device in cpu_devices():
+        together = AttentionRig(device, case, dtype).run_whole(data)
+        company = AttentionRig(device, case, dtype).run_whole([others[0], data[1], others[2]])
+        assert_same_bits(company[1], together[1], device.description)
+        for slot, length in enumerate(case.lengths):
+            alone = AttentionRig(device, replace(case, lengths=(length,)), dtype, shuffled=False)
+            assert_same_bits(alone.run_whole([data[slot]])[0], together[slot], (device.description, slot))
+
+
+@every_dtype
+def test_two_threads_give_the_bits_of_one(dtype: np.dtype) -> None:
+    for case in (ATTENTION_CASES[3], ATTENTION_CASES[5], AttentionCase(1, 1, 8, (1,))):
+        data = sequences(case)
+        for one, two in isa_pairs():
+            expected = AttentionRig(one, case, dtype).run_whole(data)
+            assert_same(AttentionRig(two, case, dtype).run_whole(data), expected, (one.description, case))
+
+
+@every_dtype
+def test_a_window_of_the_whole_length_is_full_attention(dtype: np.dtype) -> None:
+    full = AttentionCase(4, 2, 24, AROUND_TWO_PAGES)
+    data = sequences(full)
+    for device in cpu_devices():
+        expected = AttentionRig(device, full, dtype).run_whole(data)
+        for window in (max(AROUND_TWO_PAGES), 100_000):
+            rig = AttentionRig(device, replace(full, window=window), dtype)
+            assert_same(rig.run_whole(data), expected, (device.description, window))
+
+
+def test_a_window_of_one_returns_the_values() -> None:
+    """e^0 / 1 = 1: bit for bit the row's own value."""
+    case = AttentionCase(4, 2, 16, (70,), window=1)
+    data = sequences(case)
+    for device in devices():
+        for dtype in CACHE_DTYPES:
+            values = np.repeat(data[0].v.astype(dtype).astype(np.float32), 2, axis=1).reshape(70, -1)
+            out = AttentionRig(device, case, dtype).run_whole(data)[0]
+            assert_same_bits(out, values, (device.description, str(dtype)))
+
+
+def whole_numbers(case: AttentionCase, seed: int, largest: int) -> list[Sequence3]:
+    """Queries and keys of whole numbers that bf16 holds exactly, so that every device makes the same scores."""
+    rng = np.random.default_rng(seed)
+    draw = [lambda *s: rng.integers(-8, 9, s), lambda *s: rng.integers(-largest, largest + 1, s)]
+    heads = (case.heads, case.kv_heads)
+    return [
+        Sequence3(*(d(n, h, case.head_dim).astype(np.float32) for d, h in zip(draw, heads, strict=True)),
+                  normal(rng, n, case.kv_heads, case.head_dim))
+        for n in case.lengths
+    ]  # fmt: skip
+
+
+@every_dtype
+def test_scores_of_great_magnitude(dtype: np.dtype) -> None:
+    """Scores thousands apart: all the weight lies on the largest, and nothing overflows."""
+    case = AttentionCase(4, 2, 64, (130, 65, 3), scale=1.0)
+    data = whole_numbers(case, 0, largest=200)
+    for device in devices():
+        assert_exact(AttentionRig(device, case, dtype).run_whole(data), case, data, device, dtype)
+
+
+@every_dtype
+def test_scores_far_below_zero(dtype: np.dtype) -> None:
+    """Every score below -50,000, so that a finite sentinel for "not visible" would win the softmax."""
+    for window in (None, 9):
+        case = AttentionCase(2, 1, 64, (130, 64, 2), window=window, scale=1.0)
+        rng = np.random.default_rng(2)
+        data = [
+            Sequence3(
+                np.full((n, 2, 64), -16, np.float32),
+                (250 + rng.integers(-1, 2, (n, 1, 64)) * (rng.random((n, 1, 64)) < 0.01)).astype(np.float32),
+                normal(rng, n, 1, 64),
+            )
+            for n in case.lengths
+        ]
+        scores = np.einsum("qhd,khd->hqk", data[0].q, np.repeat(data[0].k, 2, axis=1))
+        assert scores.max() < -5e4 and len(np.unique(scores)) > 1
+        for device in devices():
+            assert_exact(AttentionRig(device, case, dtype).run_whole(data), case, data, device, dtype)
+
+
+def test_equal_scores_average_the_values() -> None:
+    """Queries of zero: every visible position weighs the same, so one too many or too few shows at once."""
+    for window in (None, 5, 64):
+        case = AttentionCase(2, 2, 8, (200,), window=window)
+        data = [replace(sequences(case)[0], q=np.zeros((200, 2, 8), np.float32))]
+        for device in devices():
+            assert_exact(AttentionRig(device, case, FLOAT32).run_whole(data), case, data, device, FLOAT32)
+
+
+@every_dtype
+def test_queries_are_rounded_only_for_the_dot_instruction(dtype: np.dtype) -> None:
+    """To float32's accuracy elsewhere; where bf16 queries are, what is left is the rounding of the weights."""
+    case = AttentionCase(2, 1, 64, (100,))
+    data = sequences(case)
+    for device in cpu_devices():
+        rounded = rounds_to_bf16(device, dtype)
+        exact = exact_attention(case, data[0], dtype, BFLOAT16 if rounded else FLOAT32)
+        out = AttentionRig(device, case, dtype).run_whole(data)[0]
+        assert_close(out, exact, 3e-6 if rounded else 1e-12, device.description)
+
+
+@every_dtype
+def test_a_recycled_page_holds_nothing_of_its_last_owner(dtype: np.dtype) -> None:
+    """A sequence of NaN and infinities gives its pages back; the next one in them has the bits of a fresh cache."""
+    case = AttentionCase(2, 1, 24, (100, 70))
+    data = sequences(case)
+    nan = [replace(s, k=np.full_like(s.k, np.nan), v=np.full_like(s.v, np.inf)) for s in data]
+    for device in devices():
+        fresh = AttentionRig(device, case, dtype).run_whole(data)
+        rig = AttentionRig(device, case, dtype)
+        with np.errstate(invalid="ignore"):
+            rig.run_whole(nan)
+        table = rig.step.arrays["page_table"]
+        table[0, :2], table[1, :2] = table[1, :2].copy(), table[0, :2].copy()
+        assert_same(rig.run_whole(data), fresh, device.description)
+
+
+def test_nan_does_not_cross_sequences() -> None:
+    case = AttentionCase(2, 1, 16, (70, 30, 64))
+    data = sequences(case)
+    ill = [data[0], replace(data[1], v=np.full_like(data[1].v, np.nan)), data[2]]
+    for device in cpu_devices():
+        well, sick = (AttentionRig(device, case, FLOAT32).run_whole(d) for d in (data, ill))
+        assert_same_bits(sick[0], well[0], device.description)
+        assert_same_bits(sick[2], well[2], device.description)
+        assert np.isnan(sick[1]).all(), device.description
+
+
+def test_unsuitable_shapes_are_refused() -> None:
+    rig = AttentionRig(devices()[0], AttentionCase(4, 2, 8, (3,)), FLOAT32)
+    inputs = rig.step.tensors
+    where = (rig.kv, inputs["pos"], inputs["seq"], inputs["page_table"])
+    with pytest.raises(UsageError, match="attn: 3 heads do not divide by 2 KV heads"):
+        MultiHeadAttention(3, name="attn", device=rig.device).record(rig.out, *where)
+    with pytest.raises(UsageError, match="attn: query width 32, expected 48"):
+        MultiHeadAttention(6, name="attn", device=rig.device).record(rig.out, *where)
+    with pytest.raises(UsageError, match="attn: window 0, expected at least 1"):
+        MultiHeadAttention(4, window=0, name="attn")
+    with pytest.raises(UsageError, match="attn: scale -1, expected a positive number"):
+        MultiHeadAttention(4, scale=-1, name="attn")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3), group=st.integers(1, 5), eighths=st.integers(1, 9), dtype=st.sampled_from(CACHE_DTYPES),
+    lengths=st.lists(st.integers(1, 2 * PAGE + 3), min_size=1, max_size=3),
+    window=st.one_of(st.none(), st.integers(1, 140)), chunk=st.integers(1, 140), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_any_shape_in_any_chunks(kv_heads: int, group: int, eighths: int, dtype: np.dtype, lengths: list[int],
+                                 window: int | None, chunk: int, seed: int) -> None:  # fmt: skip
+    case = AttentionCase(kv_heads * group, kv_heads, 8 * eighths, tuple(lengths), window)
+    data = sequences(case, seed)
+    if len(lengths) * max(lengths) > 40 * chunk:
+        chunk = max(lengths)
+    for device in cpu_devices()[::2]:
+        whole = AttentionRig(device, case, dtype).run_whole(data)
+        assert_exact(whole, case, data, device, dtype)
+        assert_same(AttentionRig(device, case, dtype).run_chunks(data, chunk), whole, device.description)
