@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -44,7 +44,7 @@ class SamplingParams:
     repetition_penalty  every token so far, the prompt's too: positive logits divided by it, others multiplied
     presence_penalty    subtracted from the logit of every token generated so far
     max_tokens          stop after so many; None: when the context is full
-    stop                texts that end the generation; they are not part of it
+    stop                a text or several that end the generation; they are not part of it
     seed                0 … 2⁶⁴ − 1: the same seed gives the same text; None: a random one
     ignore_eos          go on after the model's end of text
     logprobs            report each generated token's log probability and as many alternatives, at most 20
@@ -58,7 +58,7 @@ class SamplingParams:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -110,6 +110,7 @@ class ResolvedParams(SamplingParams):
     min_p: float
     repetition_penalty: float
     presence_penalty: float
+    stop: tuple[str, ...] = ()
     seed: int
     sources: Mapping[str, str] = field(compare=False, repr=False)
 
@@ -144,7 +145,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     given = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items() if v is not None}
     reader = Fields("sampling", given)
     try:
-        result: dict[str, Any] = {"ignore_eos": reader.boolean("ignore_eos")}
+        result: dict[str, Any] = {"ignore_eos": reader.boolean("ignore_eos", False)}
         for name in given:
             if name in NUMBERS:
                 result[name] = reader.number(name, NUMBERS[name])

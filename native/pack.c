@@ -7,11 +7,16 @@
 
 #include "native.h"
 
-enum { CHUNK = 1 << 18 }; /* bytes of source rows read at once: fits a second-level cache */
-
 static int64_t element_bytes(int32_t dtype) { return dtype == DTYPE_F32 ? 4 : 2; }
 
-/* `bytes` of a source from its row `first`: where it lies in memory, or read into `buffer`. NULL if it ends too soon. */
+/* Up to PANEL rows of a matrix, whatever source each comes from. */
+struct panel_rows {
+    const char *data[PANEL];
+    int32_t dtype[PANEL];
+    int64_t count;
+};
+
+/* `rows` rows of a source from `first` on: where they lie in memory, or read into `buffer`. NULL if it ends too soon. */
 static const char *read_rows(const struct source *s, int64_t first, int64_t rows, int64_t row_bytes, char *buffer)
 {
     if (s->fd < 0)
@@ -28,6 +33,29 @@ static const char *read_rows(const struct source *s, int64_t first, int64_t rows
     return buffer;
 }
 
+/* Finds rows [begin, end) of the stacked sources. Returns 0, or 1 + the index of a source that is too short. */
+static int32_t find_rows(const struct source *sources, int32_t count, int64_t begin, int64_t end, int64_t k,
+                         struct panel_rows *rows, char *buffer)
+{
+    int64_t start = 0; /* of the source among all rows */
+    rows->count = 0;
+    for (int32_t s = 0; s < count; start += sources[s++].rows) {
+        int64_t row_bytes = k * element_bytes(sources[s].dtype);
+        int64_t first = max_i64(begin, start), last = min_i64(end, start + sources[s].rows);
+        if (first >= last)
+            continue;
+        char *place = buffer + rows->count * k * 4;
+        const char *data = read_rows(&sources[s], first - start, last - first, row_bytes, place);
+        if (!data)
+            return s + 1;
+        for (int64_t i = 0; i < last - first; i++) {
+            rows->dtype[rows->count] = sources[s].dtype;
+            rows->data[rows->count++] = data + i * row_bytes;
+        }
+    }
+    return 0;
+}
+
 static float read_element(const char *at, int32_t dtype)
 {
     if (dtype == DTYPE_F32) {
@@ -40,78 +68,80 @@ static float read_element(const char *at, int32_t dtype)
     return dtype == DTYPE_BF16 ? bf16_to_f32(half) : f16_to_f32(half);
 }
 
-/* A row of weights that keep their dtype: moves bits. */
-static void pack_same(const char *row, int32_t dtype, int64_t k, char *panel, int64_t lane)
+/* Moves bits from full rows: units of 4 bytes, a float or a pair of bf16, BLOCK of each row at a time, so that the
+ * lines being written stay in the first cache. */
+static void pack_units(const struct panel_rows *rows, int64_t units, char *panel)
 {
-    if (dtype == DTYPE_F32 || dtype == DTYPE_BF16) {
-        /* 4-byte units: a float, or a pair of bf16 */
-        int64_t units = dtype == DTYPE_F32 ? k : k / 2;
-        uint32_t *out = (uint32_t *)panel + lane;
-        for (int64_t i = 0; i < units; i++)
-            memcpy(out + i * PANEL, row + i * 4, 4);
-        if (dtype == DTYPE_BF16 && k % 2) {
-            out[units * PANEL] = 0;
-            memcpy(out + units * PANEL, row + units * 4, 2);
+    enum { BLOCK = 16 };
+    for (int64_t u = 0; u < units; u += BLOCK) {
+        uint32_t block[PANEL][BLOCK] = {{0}};
+        int64_t here = min_i64(BLOCK, units - u);
+        for (int lane = 0; lane < PANEL; lane++)
+            memcpy(block[lane], rows->data[lane] + u * 4, here == BLOCK ? sizeof block[lane] : (size_t)here * 4);
+        uint32_t *out = (uint32_t *)panel + u * PANEL;
+        if (here == BLOCK) {
+            for (int i = 0; i < BLOCK; i++)
+                for (int lane = 0; lane < PANEL; lane++)
+                    out[i * PANEL + lane] = block[lane][i];
+        } else {
+            for (int i = 0; i < here; i++)
+                for (int lane = 0; lane < PANEL; lane++)
+                    out[i * PANEL + lane] = block[lane][i];
         }
-    } else {
-        uint16_t *out = (uint16_t *)panel + lane;
-        for (int64_t i = 0; i < k; i++)
-            memcpy(out + i * PANEL, row + i * 2, 2);
+    }
+}
+
+/* Any row, element by element: kept as it is stored, or widened to f32. */
+static void pack_row(const char *row, int32_t from, int64_t k, int32_t dtype, char *panel, int64_t lane)
+{
+    for (int64_t i = 0; i < k; i++) {
+        if (dtype == DTYPE_F32)
+            ((float *)panel)[i * PANEL + lane] = read_element(row + i * element_bytes(from), from);
+        else if (dtype == DTYPE_F16)
+            memcpy((uint16_t *)panel + i * PANEL + lane, row + i * 2, 2);
+        else
+            memcpy((uint16_t *)panel + (i / 2 * PANEL + lane) * 2 + i % 2, row + i * 2, 2);
     }
 }
 
-static void pack_widened(const char *row, int32_t dtype, int64_t k, char *panel, int64_t lane)
+static void pack_panel(const struct panel_rows *rows, int64_t k, int32_t dtype, char *panel)
 {
-    float *out = (float *)panel + lane;
-    for (int64_t i = 0; i < k; i++)
-        out[i * PANEL] = read_element(row + i * element_bytes(dtype), dtype);
-}
-
-static void pack_row(const struct source *s, const char *row, int64_t k, int32_t dtype, char *panel, int64_t lane)
-{
-    if (s->dtype == dtype)
-        pack_same(row, dtype, k, panel, lane);
-    else
-        pack_widened(row, s->dtype, k, panel, lane);
-}
-
-/* Rows [begin, end) of the stacked sources into their panels. Returns 0, or 1 + the index of a short source. */
-static int32_t pack_range(const struct source *sources, int32_t count, int64_t begin, int64_t end, int64_t k,
-                          int32_t dtype, char *packed, char *buffer)
-{
-    int64_t start = 0; /* of the source among all rows */
-    for (int32_t s = 0; s < count; start += sources[s++].rows) {
-        int64_t row_bytes = k * element_bytes(sources[s].dtype), batch = max_i64(1, CHUNK / row_bytes);
-        int64_t first = max_i64(begin, start), last = min_i64(end, start + sources[s].rows);
-        for (int64_t row = first; row < last; row += batch) {
-            int64_t rows = min_i64(batch, last - row);
-            const char *data = read_rows(&sources[s], row - start, rows, row_bytes, buffer);
-            if (!data)
-                return s + 1;
-            for (int64_t i = row; i < row + rows; i++)
-                pack_row(&sources[s], data + (i - row) * row_bytes, k, dtype,
-                         packed + i / PANEL * panel_bytes(dtype, k), i % PANEL);
-        }
+    bool plain = rows->count == PANEL && (dtype == DTYPE_F32 || (dtype == DTYPE_BF16 && k % 2 == 0));
+    for (int64_t lane = 0; lane < rows->count; lane++)
+        plain = plain && rows->dtype[lane] == dtype;
+    if (plain) {
+        pack_units(rows, dtype == DTYPE_F32 ? k : k / 2, panel);
+        return;
     }
-    return 0;
+    memset(panel, 0, (size_t)panel_bytes(dtype, k)); /* lanes beyond the last row, and the other half of an odd k */
+    for (int64_t lane = 0; lane < rows->count; lane++)
+        pack_row(rows->data[lane], rows->dtype[lane], k, dtype, panel, lane);
+}
+
+static int32_t pack_share(const struct source *sources, int32_t count, struct range panels, int64_t k, int32_t dtype,
+                          char *packed)
+{
+    char *buffer = malloc((size_t)(k * 4 * PANEL));
+    int32_t status = buffer ? 0 : 1;
+    for (int64_t p = panels.begin; p < panels.end && !status; p++) {
+        struct panel_rows rows;
+        status = find_rows(sources, count, p * PANEL, (p + 1) * PANEL, k, &rows, buffer);
+        if (!status)
+            pack_panel(&rows, k, dtype, packed + p * panel_bytes(dtype, k));
+    }
+    free(buffer);
+    return status;
 }
 
 int32_t pack_matrix(const struct source *sources, int32_t count, int32_t n, int32_t k, int32_t dtype, void *packed,
                     int32_t threads)
 {
-    int64_t panels = round_up(n, PANEL) / PANEL, bytes = panel_bytes(dtype, k);
     int32_t failed = 0;
-    if (n % PANEL)
-        memset((char *)packed + (panels - 1) * bytes, 0, (size_t)bytes);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
 #endif
     for (int32_t t = 0; t < threads; t++) {
-        struct range mine = share_of(panels, t, threads);
-        char *buffer = malloc((size_t)max_i64(CHUNK, (int64_t)k * 4));
-        int32_t status = buffer ? pack_range(sources, count, mine.begin * PANEL, mine.end * PANEL, k, dtype, packed,
-                                             buffer) : 1;
-        free(buffer);
+        int32_t status = pack_share(sources, count, share_of(round_up(n, PANEL) / PANEL, t, threads), k, dtype, packed);
         if (status) {
 #ifdef _OPENMP
 #pragma omp atomic write
