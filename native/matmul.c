@@ -73,10 +73,11 @@ INLINE void multiply_tile(const struct product *p, const float *packed, int64_t 
     vec acc[ACCUMULATORS];
     tile_clear(acc, rows, columns);
     tile_accumulate(acc, &t, rows, columns, kind);
+#pragma GCC unroll 8
     for (int i = 0; i < columns * VECTORS; i++) {
         int64_t column = panel * PANEL + i * LANES, left = p->out_width - column;
         if (left <= 0)
-            break;
+            return;
         vec bias = p->bias ? vec_load_upto(p->bias + column, left) : vec_set(0.0f);
 #pragma GCC unroll 24
         for (int r = 0; r < rows; r++) {
@@ -86,52 +87,57 @@ INLINE void multiply_tile(const struct product *p, const float *packed, int64_t 
     }
 }
 
-#define CASE(n)                                                              \
-    case n:                                                                  \
-        if (n <= TILE_ROWS)                                                  \
-            multiply_tile(p, packed, first, panel, n, columns, kind);        \
+#define CASE(n, kind)                                                  \
+    case n:                                                            \
+        if (n <= TILE_ROWS)                                            \
+            multiply_tile(p, packed, first, panel, n, 1, kind);        \
         break;
 
-/* Calls multiply_tile with its row count as a constant. */
-INLINE void multiply_rows(const struct product *p, const float *packed, int64_t first, int64_t panel,
-                          const int columns, const enum line kind)
-{
-    switch (min_i64(TILE_ROWS, p->rows - first)) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+/* One panel times the rows from `first` on, at most a tile: calls multiply_tile with their number as a constant. */
+#define MULTIPLY_ROWS(kind)                                                                     \
+    switch (min_i64(TILE_ROWS, p->rows - first)) {                                              \
+        CASE(1, kind) CASE(2, kind) CASE(3, kind) CASE(4, kind) CASE(5, kind) CASE(6, kind)     \
+        CASE(7, kind) CASE(8, kind) CASE(9, kind) CASE(10, kind) CASE(11, kind) CASE(12, kind)  \
     }
-}
 
-INLINE void multiply_panels(const struct product *p, struct worker *me, const float *packed, const enum line kind)
-{
-    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
-    int64_t panel = panels.begin;
-    /* Few rows wait for memory, and one panel at a time reads fastest; many rows share each load of x. */
-    if (COLUMNS > 1 && p->rows > TILE_ROWS)
-        for (; panel + COLUMNS <= panels.end && !cancelled(me); panel += COLUMNS)
-            for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
-                multiply_rows(p, packed, first, panel, COLUMNS, kind);
-    for (; panel < panels.end && !cancelled(me); panel++)
-        for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
-            multiply_rows(p, packed, first, panel, 1, kind);
-}
+/* The kernels of one kind of line, apart from each other: as one function they take a compiler very long. */
+#define KERNELS(name, kind)                                                                              \
+    static void rows_##name(const struct product *p, const float *packed, int64_t first, int64_t panel)  \
+    {                                                                                                    \
+        MULTIPLY_ROWS(kind)                                                                              \
+    }                                                                                                    \
+    static void tile_##name(const struct product *p, const float *packed, int64_t first, int64_t panel)  \
+    {                                                                                                    \
+        multiply_tile(p, packed, first, panel, TILE_ROWS, COLUMNS, kind);                                \
+    }
+KERNELS(f32, LINE_F32)
+KERNELS(f16, LINE_F16)
+KERNELS(bf16, LINE_BF16)
+
+typedef void kernel(const struct product *p, const float *packed, int64_t first, int64_t panel);
+static kernel *const rows_of[] = {[LINE_F32] = rows_f32, [LINE_F16] = rows_f16, [LINE_BF16] = rows_bf16};
+static kernel *const tile_of[] = {[LINE_F32] = tile_f32, [LINE_F16] = tile_f16, [LINE_BF16] = tile_bf16};
 
 static void multiply(const struct product *p, struct worker *me)
 {
     float *packed = (float *)me->team->scratch;
+    kernel *rows = rows_of[line_of(p->dtype)], *tile = tile_of[line_of(p->dtype)];
     pack_x(p, me, packed);
     if (!team_wait(me))
         return;
-    switch (line_of(p->dtype)) {
-    case LINE_F32:
-        multiply_panels(p, me, packed, LINE_F32);
-        break;
-    case LINE_F16:
-        multiply_panels(p, me, packed, LINE_F16);
-        break;
-    case LINE_BF16:
-        multiply_panels(p, me, packed, LINE_BF16);
-        break;
-    }
+    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
+    int64_t panel = panels.begin, tiled = p->rows / TILE_ROWS * TILE_ROWS;
+    /* Few rows wait for memory, and one panel at a time reads fastest. Full tiles share each load of x. */
+    if (COLUMNS > 1 && p->rows > TILE_ROWS)
+        for (; panel + COLUMNS <= panels.end && !cancelled(me); panel += COLUMNS) {
+            for (int64_t first = 0; first < tiled; first += TILE_ROWS)
+                tile(p, packed, first, panel);
+            for (int c = 0; c < COLUMNS && tiled < p->rows; c++)
+                rows(p, packed, tiled, panel + c);
+        }
+    for (; panel < panels.end && !cancelled(me); panel++)
+        for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
+            rows(p, packed, first, panel);
 }
 
 void matmul(const struct matmul *op, struct worker *me)
