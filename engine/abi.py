@@ -6,6 +6,7 @@ of it is repeated here.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from engine.errors import RillError
 if TYPE_CHECKING:
     from engine.plan import Node
 
-LIBRARIES = Path(__file__).parent / "_native"
+LIBRARIES = Path(os.environ.get("RILL_LIBRARIES") or Path(__file__).parent / "_native")
 ISAS = ("baseline", "avx2", "avx512f", "avx512_vnni", "avx512_bf16")  # the best last
 
 FLOAT32 = np.dtype(np.float32)
@@ -46,6 +47,12 @@ def struct_dtype(name: str) -> np.dtype:
     fields = [(field, kinds[info.type.cname], info.offset) for field, info in struct.fields]
     names, formats, offsets = zip(*fields, strict=True)
     return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": ffi.sizeof(struct)})
+
+
+def why_no_libraries() -> str:
+    """The reason why there are none to open, as the installation noted it."""
+    note = LIBRARIES / "why_no_native.txt"
+    return note.read_text().strip() if note.exists() else "the native libraries have not been built (`make native`)"
 
 
 def open_library(isa: str) -> Any:

@@ -72,8 +72,8 @@ class Layer:
         """ "cpu", "numpy" or "cuda"."""
         return self.device.type
 
-    def record(self, *inputs: Tensor) -> Any:
-        """Appends this layer's nodes to the inputs' plan; returns the output tensor."""
+    def record(self, *args: Any, **kwargs: Any) -> Any:
+        """Appends this layer's nodes to the inputs' plan; returns the output tensor. Each layer names its inputs."""
         raise NotImplementedError
 
     def forward(self, *inputs: Any) -> Any:
@@ -117,7 +117,7 @@ class Layer:
         """The plan that the inputs belong to."""
         plans = {t.plan for t in inputs if t.plan is not None}
         self.check(len(plans) == 1, f"inputs of {len(plans)} plans")
-        return plans.pop()  # type: ignore[return-value]
+        return plans.pop()
 
 
 def plan_input(plan: Plan, array: np.ndarray, rows: Tensor | None, name: str) -> Tensor:

@@ -11,13 +11,13 @@ import numpy as np
 
 from engine.checkpoint import Checkpoint
 from engine.config import load_config, load_generation_config
-from engine.text.detokenizer import StreamDecoder
 from engine.device import Progress, open_device
 from engine.errors import RillError, UsageError
 from engine.request import Completion, Request
 from engine.runner import Runner, check_kv_dtype
 from engine.sampler import SamplingParams
 from engine.scheduler import Scheduler
+from engine.text.detokenizer import StreamDecoder
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 ATTENTION_KINDS = ("auto", "standard")
@@ -91,7 +91,9 @@ class LLM:
     # Generating.
 
     @overload
-    def generate(self, prompts: Prompt, params: SamplingParams | None = None) -> Completion: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, params: SamplingParams | None = None
+    ) -> Completion: ...
     @overload
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]: ...
     def generate(

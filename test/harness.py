@@ -1,4 +1,4 @@
-"""What the tests of ops share: devices, cases as data, seeded values, and ways to poison what must not be read.
+"""What the tests of ops share: devices, cases as data, seeded values, ways to poison what must not be read.
 
 The cases are plain data, for the benchmarks to run over the same ones.
 """
@@ -44,7 +44,7 @@ def isa_pairs() -> tuple[tuple[Device, Device], ...]:
 
 @cache
 def devices() -> tuple[Device, ...]:
-    """NumPy, and the CPU with every ISA on one thread. That two threads give the same bits is a test by itself."""
+    """NumPy, and the CPU with every ISA on one thread: that two give the same bits is tested apart."""
     return (open_device("numpy"), *(one for one, _ in isa_pairs()))
 
 
@@ -91,7 +91,8 @@ def assert_close(actual: np.ndarray, exact: np.ndarray, limit: float, what: obje
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: object) -> None:
     assert actual.shape == expected.shape and actual.dtype == expected.dtype, f"{what}: shape or dtype"
     unsigned = f"u{actual.dtype.itemsize}"
-    different = np.argwhere(np.ascontiguousarray(actual).view(unsigned) != np.ascontiguousarray(expected).view(unsigned))
+    bits, wanted = (np.ascontiguousarray(x).view(unsigned) for x in (actual, expected))
+    different = np.argwhere(bits != wanted)
     assert not len(different), f"{what}: {len(different)} elements differ, the first at {different[0]}"
 
 
@@ -106,8 +107,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 class Bench:
     """A plan fed by hand, whose operands lie as misaligned columns inside larger buffers.
 
-    Around inputs there is NaN, which spoils results if it is read; around what a node writes there is a number,
-    which `run` must find unchanged. Rows beyond the step's are treated alike.
+    Around inputs there is NaN, which spoils results if it is read; around what a node writes, a number
+    that `run` must find unchanged. Rows beyond the step's are treated alike.
     """
 
     def __init__(self, device: Device, rows: int, spare_rows: int = 2) -> None:
@@ -118,16 +119,17 @@ class Bench:
 
     def row_input(self, array: np.ndarray) -> Tensor:
         """An aligned tensor whose rows beyond the step's are NaN, or nonsense where it holds integers."""
-        whole = np.full((self.capacity, *array.shape[1:]), -(2**31) if array.dtype.kind == "i" else np.nan, array.dtype)
+        nonsense = -(2**31) if array.dtype.kind == "i" else np.nan
+        whole = np.full((self.capacity, *array.shape[1:]), nonsense, array.dtype)
         whole[: len(array)] = array
         tensor = Tensor(whole.shape, whole.dtype, "input", self.plan, self.rows)
         self.device.upload(tensor, whole)
         return tensor
 
-    def view(self, array: np.ndarray, around: float = np.nan) -> Tensor:
+    def view(self, array: np.ndarray, around: float = np.nan, right: int = MARGIN) -> Tensor:
         """The array as columns of a wider tensor."""
         width = array.shape[1]
-        whole = np.full((self.capacity, width + 2 * MARGIN), around, np.float32)
+        whole = np.full((self.capacity, MARGIN + width + right), around, np.float32)
         whole[: len(array), MARGIN : MARGIN + width] = array
         owner = Tensor(whole.shape, FLOAT32, "owner", self.plan, self.rows)
         self.device.upload(owner, whole)
@@ -135,7 +137,7 @@ class Bench:
 
     def written(self, array: np.ndarray) -> Tensor:
         """A view that the node updates."""
-        self.views.append(self.view(array, CANARY))
+        self.views.append(self.view(array, CANARY, right=MARGIN + 2))  # inputs and outputs differ in stride
         return self.views[-1]
 
     def output(self, width: int) -> Tensor:
@@ -152,7 +154,8 @@ class Bench:
         for view in self.views:
             around = view.owner.storage.copy()
             around[: self.count, view.column : view.column + view.width] = CANARY
-            assert (around == np.float32(CANARY)).all(), f"{self.plan.nodes[-1].op.name} wrote outside its output"
+            name = self.plan.nodes[-1].op.name
+            assert (around == np.float32(CANARY)).all(), f"{name} wrote outside its output"
 
     def result(self, tensor: Tensor) -> np.ndarray:
         return self.device.download(tensor)
@@ -237,23 +240,25 @@ ATTENTION_CASES = (
 
 
 @dataclass(frozen=True)
-class Sequence3:
-    """The queries, keys and values of one sequence: [length, heads, head_dim], keys and values of the KV heads."""
+class QKV:
+    """Queries of one sequence [length, heads, head_dim], its keys and values [length, kv_heads, head_dim]."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
 
 
-def sequences(case: AttentionCase, seed: int = 0) -> list[Sequence3]:
+def sequences(case: AttentionCase, seed: int = 0) -> list[QKV]:
     """Random values for a case, in float32 as projections give them."""
     rng = np.random.default_rng(seed)
     heads = (case.heads, case.kv_heads, case.kv_heads)
-    return [Sequence3(*(normal(rng, n, h, case.head_dim) for h in heads)) for n in case.lengths]
+    return [QKV(*(normal(rng, n, h, case.head_dim) for h in heads)) for n in case.lengths]
 
 
-def exact_attention(case: AttentionCase, sequence: Sequence3, dtype: np.dtype, query_dtype: np.dtype = FLOAT32) -> np.ndarray:
-    """Attention of a whole sequence in float64, after the rounding of cache and queries: [length, heads · head_dim]."""
+def exact_attention(
+    case: AttentionCase, sequence: QKV, dtype: np.dtype, query_dtype: np.dtype = FLOAT32
+) -> np.ndarray:
+    """Attention of a sequence in float64, after rounding cache and queries: [length, heads · head_dim]."""
     group, length = case.heads // case.kv_heads, len(sequence.q)
     q = sequence.q.astype(query_dtype).astype(np.float64)
     k, v = (np.repeat(x.astype(dtype).astype(np.float64), group, axis=1) for x in (sequence.k, sequence.v))
@@ -275,9 +280,10 @@ class Part:
 class AttentionRig:
     """kv_store and attention over a cache and a step of their own, everything around them poisoned.
 
-    Queries, keys and values are columns of one tensor, with NaN between them, below them, in the whole cache and in
-    the scratch memory. Unused entries of the page table name a page of NaN. Pages are shuffled: neighbours in a
-    sequence lie anywhere. As in a model, `run` stores the parts' keys and values and then attends.
+    Queries, keys and values are columns of one tensor, with NaN between them, below them, in the whole cache
+    and in the scratch memory. Unused entries of the page table name a page of NaN. Pages are shuffled:
+    neighbours in a sequence lie anywhere. As in a model, `run` stores the parts' keys and values and then
+    attends.
     """
 
     def __init__(self, device: Device, case: AttentionCase, dtype: np.dtype, shuffled: bool = True) -> None:
@@ -293,7 +299,9 @@ class AttentionRig:
         self._record(max_rows)
 
     def _hand_out_pages(self, shuffled: bool) -> None:
-        order = np.random.default_rng(7).permutation(self.pages - 1) if shuffled else np.arange(self.pages - 1)
+        order = np.arange(self.pages - 1)
+        if shuffled:
+            np.random.default_rng(7).shuffle(order)
         table = self.step.arrays["page_table"]
         self.cache = KVCache([self.kv], table, self.pages)
         table[:] = self.pages - 1
@@ -308,15 +316,16 @@ class AttentionRig:
         width = self.columns[-1] + MARGIN
         self.qkv = Tensor((max_rows, int(width)), FLOAT32, "qkv", self.plan, inputs["rows"])
         self.device.upload(self.qkv, np.full(self.qkv.shape, np.nan, np.float32))
-        views = [self.qkv.columns(int(a), int(b)) for a, b in zip(self.columns[::2], self.columns[1::2], strict=True)]
+        edges = self.columns.tolist()
+        queries, keys, values = (self.qkv.columns(*edges[i : i + 2]) for i in (0, 2, 4))
         where = (inputs["pos"], inputs["seq"], inputs["page_table"])
-        KVStore("store", self.device).record(*views[1:], self.kv, *where)
-        attention = MultiHeadAttention(case.heads, case.scale, case.window, name="attention", device=self.device)
-        self.out = self.plan.keep(attention.record(views[0], self.kv, *where))
+        KVStore("store", self.device).record(keys, values, self.kv, *where)
+        attention = MultiHeadAttention(case.heads, case.scale, case.window, device=self.device)
+        self.out = self.plan.keep(attention.record(queries, self.kv, *where))
         self.plan.lower()
         poison_scratch(self.plan)
 
-    def run(self, data: Sequence[Sequence3], parts: Iterable[Part]) -> list[np.ndarray]:
+    def run(self, data: Sequence[QKV], parts: Iterable[Part]) -> list[np.ndarray]:
         """One step. Returns the output of each part: [positions, heads · head_dim]."""
         parts = list(parts)
         pos = [p for part in parts for p in range(part.start, part.stop)]
@@ -332,7 +341,7 @@ class AttentionRig:
         ends = np.cumsum([part.stop - part.start for part in parts])
         return np.split(result, ends[:-1])
 
-    def _fill(self, data: Sequence[Sequence3], parts: list[Part]) -> None:
+    def _fill(self, data: Sequence[QKV], parts: list[Part]) -> None:
         whole = self.qkv.storage
         whole[...] = np.nan
         for i, name in enumerate(("q", "k", "v")):
@@ -340,15 +349,16 @@ class AttentionRig:
             start, stop = self.columns[2 * i : 2 * i + 2]
             whole[: len(rows), start:stop] = rows.reshape(len(rows), -1)
 
-    def run_whole(self, data: Sequence[Sequence3]) -> list[np.ndarray]:
+    def run_whole(self, data: Sequence[QKV]) -> list[np.ndarray]:
         """All sequences in one step, each from its beginning to its end."""
         return self.run(data, [Part(slot, 0, length) for slot, length in enumerate(self.case.lengths)])
 
-    def run_chunks(self, data: Sequence[Sequence3], chunk: int) -> list[np.ndarray]:
+    def run_chunks(self, data: Sequence[QKV], chunk: int) -> list[np.ndarray]:
         """All sequences in steps of at most `chunk` positions of each."""
         pieces: list[list[Any]] = [[] for _ in self.case.lengths]
         for start in range(0, max(self.case.lengths), chunk):
-            parts = [Part(s, start, min(start + chunk, n)) for s, n in enumerate(self.case.lengths) if start < n]
+            running = [(slot, length) for slot, length in enumerate(self.case.lengths) if start < length]
+            parts = [Part(slot, start, min(start + chunk, length)) for slot, length in running]
             for part, output in zip(parts, self.run(data, parts), strict=True):
                 pieces[part.slot].append(output)
         return [np.concatenate(p) for p in pieces]

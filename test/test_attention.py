@@ -1,4 +1,4 @@
-"""attention over pages against float64: GQA, page boundaries, windows, chunks, and whatever must not be read."""
+"""attention over pages against float64: GQA, page ends, windows, chunks, and whatever must not be read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from harness import (
     AROUND_TWO_PAGES,
     ATTENTION_CASES,
     CACHE_DTYPES,
+    QKV,
     AttentionCase,
     AttentionRig,
     Part,
-    Sequence3,
     assert_close,
     assert_same_bits,
     cpu_devices,
@@ -43,7 +43,12 @@ CHUNKED = (
 )
 
 
-def assert_exact(outputs: list[np.ndarray], case: AttentionCase, data: list[Sequence3], device: Device,
+def case_name(case: AttentionCase) -> str:
+    window = f"-window{case.window}" if case.window else ""
+    return f"{case.heads}of{case.kv_heads}x{case.head_dim}-{max(case.lengths)}{window}"
+
+
+def assert_exact(outputs: list[np.ndarray], case: AttentionCase, data: list[QKV], device: Device,
                  dtype: np.dtype) -> None:  # fmt: skip
     for length, output, sequence in zip(case.lengths, outputs, data, strict=True):
         exact = exact_attention(case, sequence, dtype)
@@ -56,7 +61,7 @@ def assert_same(outputs: list[np.ndarray], expected: list[np.ndarray], what: obj
 
 
 @every_dtype
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda c: f"{c.heads}-{c.kv_heads}-{c.head_dim}-w{c.window}")
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=case_name)
 def test_several_sequences_in_one_step(case: AttentionCase, dtype: np.dtype) -> None:
     data = sequences(case)
     for device in devices():
@@ -64,7 +69,7 @@ def test_several_sequences_in_one_step(case: AttentionCase, dtype: np.dtype) -> 
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CHUNKED, ids=str)
+@pytest.mark.parametrize("case", CHUNKED, ids=case_name)
 def test_chunks_and_single_rows_give_the_bits_of_one_go(case: AttentionCase, dtype: np.dtype) -> None:
     data = sequences(case)
     for device in cpu_devices():
@@ -136,16 +141,14 @@ def test_a_window_of_one_returns_the_values() -> None:
             assert_same_bits(out, values, (device.description, str(dtype)))
 
 
-def whole_numbers(case: AttentionCase, seed: int, largest: int) -> list[Sequence3]:
-    """Queries and keys of whole numbers that bf16 holds exactly, so that every device makes the same scores."""
-    rng = np.random.default_rng(seed)
-    draw = [lambda *s: rng.integers(-8, 9, s), lambda *s: rng.integers(-largest, largest + 1, s)]
-    heads = (case.heads, case.kv_heads)
-    return [
-        Sequence3(*(d(n, h, case.head_dim).astype(np.float32) for d, h in zip(draw, heads, strict=True)),
-                  normal(rng, n, case.kv_heads, case.head_dim))
-        for n in case.lengths
-    ]  # fmt: skip
+def whole_numbers(case: AttentionCase, seed: int, largest: int) -> list[QKV]:
+    """Queries and keys of whole numbers that bf16 holds exactly, so that all devices make the same scores."""
+    rng, result = np.random.default_rng(seed), []
+    for length in case.lengths:
+        q = rng.integers(-8, 9, (length, case.heads, case.head_dim)).astype(np.float32)
+        k = rng.integers(-largest, largest + 1, (length, case.kv_heads, case.head_dim)).astype(np.float32)
+        result.append(QKV(q, k, normal(rng, *k.shape)))
+    return result
 
 
 @every_dtype
@@ -164,7 +167,7 @@ def test_scores_far_below_zero(dtype: np.dtype) -> None:
         case = AttentionCase(2, 1, 64, (130, 64, 2), window=window, scale=1.0)
         rng = np.random.default_rng(2)
         data = [
-            Sequence3(
+            QKV(
                 np.full((n, 2, 64), -16, np.float32),
                 (250 + rng.integers(-1, 2, (n, 1, 64)) * (rng.random((n, 1, 64)) < 0.01)).astype(np.float32),
                 normal(rng, n, 1, 64),
@@ -188,7 +191,7 @@ def test_equal_scores_average_the_values() -> None:
 
 @every_dtype
 def test_queries_are_rounded_only_for_the_dot_instruction(dtype: np.dtype) -> None:
-    """To float32's accuracy elsewhere; where bf16 queries are, what is left is the rounding of the weights."""
+    """float32's accuracy elsewhere; where queries are rounded, what is left is the rounding of weights."""
     case = AttentionCase(2, 1, 64, (100,))
     data = sequences(case)
     for device in cpu_devices():
@@ -200,7 +203,7 @@ def test_queries_are_rounded_only_for_the_dot_instruction(dtype: np.dtype) -> No
 
 @every_dtype
 def test_a_recycled_page_holds_nothing_of_its_last_owner(dtype: np.dtype) -> None:
-    """A sequence of NaN and infinities gives its pages back; the next one in them has the bits of a fresh cache."""
+    """Sequences of NaN and infinities give their pages back; the next ones have the bits of a fresh cache."""
     case = AttentionCase(2, 1, 24, (100, 70))
     data = sequences(case)
     nan = [replace(s, k=np.full_like(s.k, np.nan), v=np.full_like(s.v, np.inf)) for s in data]
@@ -212,6 +215,17 @@ def test_a_recycled_page_holds_nothing_of_its_last_owner(dtype: np.dtype) -> Non
         table = rig.step.arrays["page_table"]
         table[0, :2], table[1, :2] = table[1, :2].copy(), table[0, :2].copy()
         assert_same(rig.run_whole(data), fresh, device.description)
+
+
+@every_dtype
+def test_later_positions_weigh_exactly_nothing(dtype: np.dtype) -> None:
+    """However large their values are: e^-87 would already show."""
+    case = AttentionCase(2, 1, 24, (70,))
+    data = sequences(case)[0]
+    huge = replace(data, v=np.where(np.arange(70)[:, None, None] < 40, data.v, np.float32(3e38)))
+    for device in cpu_devices():
+        plain, loud = (AttentionRig(device, case, dtype).run_whole([d])[0] for d in (data, huge))
+        assert_same_bits(loud[:40], plain[:40], device.description)
 
 
 def test_nan_does_not_cross_sequences() -> None:
@@ -241,10 +255,15 @@ def test_unsuitable_shapes_are_refused() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    kv_heads=st.integers(1, 3), group=st.integers(1, 5), eighths=st.integers(1, 9), dtype=st.sampled_from(CACHE_DTYPES),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 5),
+    eighths=st.integers(1, 9),
+    dtype=st.sampled_from(CACHE_DTYPES),
     lengths=st.lists(st.integers(1, 2 * PAGE + 3), min_size=1, max_size=3),
-    window=st.one_of(st.none(), st.integers(1, 140)), chunk=st.integers(1, 140), seed=st.integers(0, 2**32 - 1),
-)  # fmt: skip
+    window=st.one_of(st.none(), st.integers(1, 140)),
+    chunk=st.integers(1, 140),
+    seed=st.integers(0, 2**32 - 1),
+)
 def test_any_shape_in_any_chunks(kv_heads: int, group: int, eighths: int, dtype: np.dtype, lengths: list[int],
                                  window: int | None, chunk: int, seed: int) -> None:  # fmt: skip
     case = AttentionCase(kv_heads * group, kv_heads, 8 * eighths, tuple(lengths), window)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from small_tokenizers import CHATML, LLAMA2_CHAT, llama2, llama3, metaspace, qwen, sentencepiece, write
 from tokenizers import Tokenizer as Library
 
-from engine.text import sandbox
 from engine.errors import RillError, UsageError
+from engine.text import sandbox
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 HELLO = [{"role": "user", "content": "Hello fox"}]

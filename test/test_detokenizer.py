@@ -17,8 +17,8 @@ from small_tokenizers import JSON_KINDS, sentencepiece, write
 from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as Library
 
-from engine.text.detokenizer import StopMatcher, StreamDecoder
 from engine.errors import UsageError
+from engine.text.detokenizer import StopMatcher, StreamDecoder
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 FAMILY = "👩\u200d👩\u200d👧"  # three emoji, two joiners, one picture

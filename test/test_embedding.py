@@ -18,11 +18,13 @@ from engine.ops.embedding import Embedding, embedding
 def test_every_row_of_tables_of_every_shape(dtype: np.dtype) -> None:
     rng = np.random.default_rng(0)
     for hidden, vocab_size in (*((width, 17) for width in WIDTHS), *((33, n) for n in (1, 15, 16, 32, 1000))):
-        table, ids = normal(rng, vocab_size, hidden, dtype=dtype), rng.permutation(vocab_size).astype(np.int32)
+        table = normal(rng, vocab_size, hidden, dtype=dtype)
+        ids = rng.permutation(vocab_size).astype(np.int32)
         for device in devices():
             layer, bench = Embedding(table, device=device), Bench(device, rows=len(ids))
             out = bench.row_input(np.full((len(ids), hidden), np.nan, np.float32))
-            bench.record(embedding, token=bench.row_input(ids), table=layer.table, out=out, vocab_size=vocab_size)
+            token = bench.row_input(ids)
+            bench.record(embedding, token=token, table=layer.table, out=out, vocab_size=vocab_size)
             bench.run()
             what = (device.description, hidden, vocab_size)
             assert_same_bits(bench.result(out), table[ids].astype(np.float32), what)
@@ -64,7 +66,8 @@ def test_ids_outside_the_table_are_refused_and_the_device_goes_on() -> None:
 
 
 def test_two_threads_give_the_bits_of_one() -> None:
-    table, ids = normal(np.random.default_rng(3), 100, 72, dtype=BFLOAT16), np.arange(99, -1, -3, dtype=np.int32)
+    table = normal(np.random.default_rng(3), 100, 72, dtype=BFLOAT16)
+    ids = np.arange(99, -1, -3, dtype=np.int32)
     for pair in isa_pairs():
         for device in pair:
             out = Embedding(table, device=device).forward(ids)
@@ -73,14 +76,14 @@ def test_two_threads_give_the_bits_of_one() -> None:
 
 def test_ids_of_another_type_are_refused() -> None:
     for device in devices():
-        with pytest.raises(UsageError, match="embed: token ids are int64, expected int32"):
+        with pytest.raises(UsageError, match="embed: .*int64, expected int32"):
             Embedding(np.ones((4, 4), np.float32), name="embed", device=device).forward(np.zeros(3, np.int64))
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 50), st.integers(1, 40), st.sampled_from(WEIGHT_DTYPES), st.lists(st.integers(-3, 55), max_size=9),
-    st.integers(0, 2**32 - 1),
+    st.integers(1, 50), st.integers(1, 40), st.sampled_from(WEIGHT_DTYPES),
+    st.lists(st.integers(-3, 55), max_size=9), st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_any_ids(vocab_size: int, hidden: int, dtype: np.dtype, ids: list[int], seed: int) -> None:
     table = normal(np.random.default_rng(seed), vocab_size, hidden, dtype=dtype)

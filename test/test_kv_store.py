@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from harness import (
     CACHE_DTYPES,
+    MARGIN,
     Bench,
     assert_same_bits,
     cpu_devices,
@@ -40,13 +41,17 @@ def make_cache(device: Device, kv_heads: int, head_dim: int, dtype: np.dtype) ->
 
 def store(device: Device, kv: Tensor, k: np.ndarray, v: np.ndarray, pos: list[int], seq: list[int]) -> None:
     bench = Bench(device, rows=len(pos))
-    bench.record(kv_store, k=bench.view(k), v=bench.view(v), kv=kv,
-                 pos=bench.row_input(np.array(pos, np.int32)), seq=bench.row_input(np.array(seq, np.int32)),
-                 page_table=plan_input(bench.plan, TABLE, None, "page_table"), head_dim=kv.shape[4])  # fmt: skip
+    positions, slots = (bench.row_input(np.array(x, np.int32)) for x in (pos, seq))
+    table = plan_input(bench.plan, TABLE, None, "page_table")
+    values = bench.view(v, right=MARGIN + 1)  # another stride than the keys'
+    bench.record(kv_store, k=bench.view(k), v=values, kv=kv, pos=positions, seq=slots, page_table=table,
+                 head_dim=kv.shape[4])  # fmt: skip
     bench.run()
 
 
-def expected_after(before: np.ndarray, k: np.ndarray, v: np.ndarray, pos: list[int], seq: list[int]) -> np.ndarray:
+def expected_after(
+    before: np.ndarray, k: np.ndarray, v: np.ndarray, pos: list[int], seq: list[int]
+) -> np.ndarray:
     """What the logical cache [pages, 2, kv_heads, PAGE, head_dim] must hold."""
     after = before.copy()
     for p, s in zip(pos, seq, strict=True):
@@ -76,7 +81,8 @@ def test_rows_reach_their_slots_and_nothing_else_changes(dtype: np.dtype) -> Non
                 k, v = normal(rng, len(pos), kv_heads * head_dim), normal(rng, len(pos), kv_heads * head_dim)
                 expected = expected_after(device.download(kv), k, v, pos, seq)
                 store(device, kv, k, v, pos, seq)
-                assert_same_bits(device.download(kv), expected, (device.description, kv_heads, head_dim, pos[0]))
+                what = (device.description, kv_heads, head_dim, pos[0])
+                assert_same_bits(device.download(kv), expected, what)
 
 
 @every_dtype
@@ -85,18 +91,19 @@ def test_a_fresh_page_is_cleared_with_its_padding(dtype: np.dtype) -> None:
     for device in cpu_devices():
         for head_dim in (8, 24, 40):
             kv = make_cache(device, 2, head_dim, dtype)
-            store(device, kv, *np.zeros((2, 1, 2 * head_dim), np.float32), [64], [1])
+            zeros = np.zeros((1, 2 * head_dim), np.float32)
+            store(device, kv, zeros, zeros, [64], [1])
             pages = kv.storage.reshape(PAGES, -1)
-            assert not pages[TABLE[1, 1]].any(), f"{device.description}, head_dim {head_dim}: stale bytes"
-            others = np.delete(pages, TABLE[1, 1], axis=0)
-            assert (others == 0xFF).all(), f"{device.description}, head_dim {head_dim}: other pages were touched"
+            what, others = (device.description, head_dim), np.delete(pages, TABLE[1, 1], axis=0)
+            assert not pages[TABLE[1, 1]].any(), f"{what}: stale bytes"
+            assert (others == 0xFF).all(), f"{what}: other pages were touched"
 
 
 def test_rounding_to_bf16_is_to_nearest_even() -> None:
     """Ties, overflow, subnormals, infinities and NaN as ml_dtypes rounds them, and so does every ISA."""
-    bits = np.array([0x3F800000, 0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x00000001, 0x00008000,
-                     0x00018000, 0x80000000, 0x7F800000, 0xFF800000, 0xBF808000, 0x007FFFFF, 0x00800000, 0x7F7F7FFF],
-                    np.uint32)  # fmt: skip
+    bits = np.array([0x3F800000, 0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x00000001,
+                     0x00008000, 0x00018000, 0x80000000, 0x7F800000, 0xFF800000, 0xBF808000, 0x007FFFFF,
+                     0x00800000, 0x7F7F7FFF], np.uint32)  # fmt: skip
     k = bits.view(np.float32)[None]
     for device in devices():
         kv = make_cache(device, 2, 8, BFLOAT16)
@@ -104,7 +111,8 @@ def test_rounding_to_bf16_is_to_nearest_even() -> None:
         got = device.download(kv)[TABLE[0, 0], :, :, 0].reshape(2, -1)
         assert_same_bits(got, np.concatenate([k, -k]).astype(BFLOAT16), device.description)
         store(device, kv, np.full_like(k, np.nan), k, [1], [0])
-        assert np.isnan(device.download(kv)[TABLE[0, 0], 0, :, 1].astype(np.float32)).all(), device.description
+        keys = device.download(kv)[TABLE[0, 0], 0, :, 1]
+        assert np.isnan(keys.astype(np.float32)).all(), device.description
 
 
 @every_dtype
@@ -123,17 +131,17 @@ def test_two_threads_store_what_one_stores(dtype: np.dtype) -> None:
 def test_a_cache_of_another_shape_is_refused() -> None:
     for device in devices():
         bench, kv = Bench(device, rows=2), make_cache(device, 2, 8, FLOAT32)
-        operands = bench.view(np.ones((2, 8), np.float32)), bench.view(np.ones((2, 16), np.float32))
-        where = [bench.row_input(np.zeros(2, np.int32))] * 2
+        k, v = bench.view(np.ones((2, 8), np.float32)), bench.view(np.ones((2, 16), np.float32))
+        zeros = bench.row_input(np.zeros(2, np.int32))
         table = plan_input(bench.plan, TABLE, None, "page_table")
         with pytest.raises(UsageError, match=r"attn.store: widths 8 and 16, cache \(5, 2, 2, 64, 8\)"):
-            KVStore("attn.store", device).record(*operands, kv, *where, table)
+            KVStore("attn.store", device).record(k, v, kv, zeros, zeros, table)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 20), st.sampled_from(CACHE_DTYPES), st.integers(0, 100), st.integers(1, 28),
-    st.integers(0, 2**32 - 1),
+    st.integers(1, 3), st.integers(1, 20), st.sampled_from(CACHE_DTYPES), st.integers(0, 100),
+    st.integers(1, 28), st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_any_chunk(kv_heads: int, half: int, dtype: np.dtype, start: int, count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

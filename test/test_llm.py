@@ -75,7 +75,12 @@ def test_the_same_seed_gives_the_same_text_every_time(llm: LLM) -> None:
 def test_a_prompt_takes_one_pass_over_the_weights_per_512_rows(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     replay = llm.runner.plan.run
-    monkeypatch.setattr(llm.runner.plan, "run", lambda first=0, last=None: (passes.append(first), replay(first, last)))
+
+    def counted(first: int = 0, last: int | None = None) -> None:
+        passes.append(first)
+        replay(first, last)
+
+    monkeypatch.setattr(llm.runner.plan, "run", counted)
     llm.generate([9] * (MAX_ROWS + 1), SamplingParams(temperature=0, max_tokens=1))
     assert passes == [0, 0]
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import FLOAT32_LIMIT, Bench, assert_close, assert_same_bits, cpu_devices, devices, isa_pairs, normal
+from harness import (
+    FLOAT32_LIMIT,
+    Bench,
+    assert_close,
+    assert_same_bits,
+    cpu_devices,
+    devices,
+    isa_pairs,
+    normal,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rope_angles import exact_angles, inverse_frequencies
@@ -35,7 +44,8 @@ def test_every_head_dim_as_a_misaligned_view(heads: int) -> None:
             turned = bench.written(x)
             bench.record(rope, x=turned, angles=bench.row_input(angles))
             bench.run()
-            assert_close(bench.result(turned), exact_rope(x, angles), FLOAT32_LIMIT, (device.description, head_dim))
+            exact = exact_rope(x, angles)
+            assert_close(bench.result(turned), exact, FLOAT32_LIMIT, (device.description, head_dim))
 
 
 def test_far_positions() -> None:
@@ -58,8 +68,8 @@ def test_a_turn_keeps_lengths_and_undoes_itself() -> None:
     for device in devices():
         layer = RoPE(device=device)
         turned = layer.forward(x, angles)
-        lengths = [np.linalg.norm(y.reshape(6, 3, 2, 32), axis=2) for y in (turned, x)]
-        assert np.allclose(*lengths, rtol=1e-5), device.description
+        after, before = (np.linalg.norm(y.reshape(6, 3, 2, 32), axis=2) for y in (turned, x))
+        assert np.allclose(after, before, rtol=1e-5), device.description
         assert np.allclose(layer.forward(turned, back), x, atol=1e-6), device.description
 
 
@@ -86,4 +96,5 @@ def test_any_shape(half: int, heads: int, rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, angles = normal(rng, rows, heads * 2 * half), normal(rng, rows, 2 * half)
     for device in cpu_devices()[::2]:
-        assert_close(RoPE(device=device).forward(x, angles), exact_rope(x, angles), FLOAT32_LIMIT, device.description)
+        out = RoPE(device=device).forward(x, angles)
+        assert_close(out, exact_rope(x, angles), FLOAT32_LIMIT, device.description)

@@ -20,7 +20,8 @@ def inverse_frequencies(head_dim: int, theta: float = 10_000.0) -> np.ndarray:
 
 def exact_cos_sin(pos: int, frequency: float) -> tuple[float, float]:
     """cos and sin of the exact product, reduced in 80 decimal digits."""
-    with localcontext(prec=80):
+    with localcontext() as context:
+        context.prec = 80
         reduced = float(Decimal(int(pos)) * Decimal(float(frequency)) % TWO_PI)
     return math.cos(reduced), math.sin(reduced)
 
@@ -45,11 +46,12 @@ def test_every_position_and_head_dim() -> None:
         for device in devices():
             layer, bench = RoPEAngles(inv_freq, device=device), Bench(device, rows=len(positions))
             angles = bench.row_input(np.full(exact.shape, np.nan, np.float32))
-            bench.record(rope_angles, pos=bench.row_input(positions), inv_freq=layer.inv_freq, angles=angles, scaling=1.0)
+            bench.record(rope_angles, pos=bench.row_input(positions), inv_freq=layer.inv_freq, angles=angles,
+                         scaling=1.0)  # fmt: skip
             bench.run()
-            error = np.abs(bench.result(angles) - exact) / allowed
-            assert error.max() <= 1, f"{device.description}, head_dim {head_dim}: {error.max():.2f} of what is allowed"
-            assert np.isnan(angles.storage[len(positions) :]).all(), f"{device.description}: wrote below its rows"
+            what, error = (device.description, head_dim), np.abs(bench.result(angles) - exact) / allowed
+            assert error.max() <= 1, f"{what}: {error.max():.2f} of what is allowed"
+            assert np.isnan(angles.storage[len(positions) :]).all(), f"{what}: wrote below its rows"
 
 
 def test_scaling_multiplies_both() -> None:

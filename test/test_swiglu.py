@@ -37,14 +37,15 @@ def test_every_gate_is_right_by_itself() -> None:
     for device in devices():
         error = np.abs(SwiGLU(device=device).forward(x) - exact) / np.abs(exact)
         worst = int(error.argmax())
-        assert error.max() < 5e-7, f"{device.description}: {error.max():.3g} at gate {gate[worst]}"
+        assert error.max() < 2.5e-7, f"{device.description}: {error.max():.3g} at gate {gate[worst]}"
 
 
 def test_far_below_zero_and_signed_zeros() -> None:
     x = np.array([[-88, -100, -1e4, -3e38, 0.0, -0.0, 2, 2, 2, 2, 2, 2]], np.float32)
     for device in devices():
         out = SwiGLU(device=device).forward(x)[0]
-        assert np.isfinite(out).all() and (np.abs(out[:3]) < 1e-30).all() and abs(out[3]) < 20, device.description
+        assert np.isfinite(out).all() and (np.abs(out[:3]) < 1e-30).all(), device.description
+        assert abs(out[3]) < 20, f"{device.description}: e^87 is the largest divisor"
         assert_same_bits(out[4:], np.array([0.0, -0.0], np.float32), device.description)
 
 

@@ -27,8 +27,8 @@ from small_tokenizers import (
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from engine.text import tiktoken
 from engine.errors import RillError, UsageError
+from engine.text import tiktoken
 from engine.text.json_vocab import byte_alphabet
 from engine.text.tokenizer import load_tokenizer
 

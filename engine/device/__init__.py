@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -95,11 +96,19 @@ def device_types() -> list[str]:
 def open_device(type: str = "auto", *, isa: str = "auto", threads: int | None = None) -> Device:
     """Opens a device. "auto" is the CPU, or NumPy where the native libraries have not been built."""
     if type == "auto":
-        type = "cpu" if importlib.import_module("engine.device.cpu").available_isas() else "numpy"
+        type = _best_type()
     if type not in device_types():
         raise UsageError(f"device {type!r}: expected auto or one of {', '.join(device_types())}")
     device: Any = importlib.import_module(f"engine.device.{type}").open(isa=isa, threads=threads)
     return device
+
+
+def _best_type() -> str:
+    cpu: Any = importlib.import_module("engine.device.cpu")
+    if cpu.available_isas():
+        return "cpu"
+    print(f"rill: {cpu.abi.why_no_libraries()}; NumPy runs everything, slowly", file=sys.stderr)
+    return "numpy"
 
 
 @cache

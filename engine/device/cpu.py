@@ -39,7 +39,7 @@ def choose_isa(wanted: str) -> tuple[str, str]:
         wanted, why = os.environ.get("RILL_ISA", "auto"), "from RILL_ISA"
     available = available_isas()
     if not available:
-        raise RillError("the native libraries have not been built: run `make native`, or use device='numpy'")
+        raise RillError(f"no cpu device: {abi.why_no_libraries()}; device='numpy' runs without")
     if wanted == "auto":
         return available[-1], "the best here"
     family = [isa for isa in available if isa.startswith(wanted)] if wanted == "avx512" else []
@@ -118,6 +118,7 @@ class CPUDevice(Device):
         sources = abi.ffi.new("struct source[]", len(weight.sources))
         files: dict[Any, int] = {}
         keep_alive = []
+        source: Any
         try:
             for entry, source in zip(sources, weight.sources, strict=True):
                 entry.dtype, entry.rows = abi.DTYPE_CODES[stored_dtype(source)], source.shape[0]
@@ -134,7 +135,7 @@ class CPUDevice(Device):
             for fd in files.values():
                 os.close(fd)
         if short:
-            source: Any = weight.sources[short - 1]
+            source = weight.sources[short - 1]
             raise RillError(f"{source.file}: ends before the data of tensor {source.name}")
 
     def weight_bytes(self, weight: Weight) -> int:

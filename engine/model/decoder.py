@@ -31,9 +31,13 @@ class Parts:
     dtype: str
     device: Device
 
-    def norm(self, name: str, width: int, add: bool = False) -> RMSNorm:
+    def norm(self, name: str, width: int, in_place: bool = False) -> RMSNorm:
         weight = self.checkpoint.take(f"{name}.weight", (width,))
-        return (AddRMSNorm if add else RMSNorm)(weight, self.config.rms_norm_eps, name, self.device)
+        return RMSNorm(weight, self.config.rms_norm_eps, name, self.device, in_place)
+
+    def add_norm(self, name: str, width: int) -> AddRMSNorm:
+        weight = self.checkpoint.take(f"{name}.weight", (width,))
+        return AddRMSNorm(weight, self.config.rms_norm_eps, name, self.device)
 
     def linear(self, prefix: str, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
         """One Linear of several stacked projections: name -> outputs."""
@@ -53,8 +57,8 @@ class SelfAttention(Layer):
         self.kv_width = config.num_key_value_heads * head_dim
         self.qkv = parts.linear(name, {"q_proj": self.q_width, "k_proj": self.kv_width, "v_proj": self.kv_width},
                                 config.hidden_size, config.qkv_bias)  # fmt: skip
-        self.q_norm = parts.norm(f"{name}.q_norm", head_dim) if config.qk_norm else None
-        self.k_norm = parts.norm(f"{name}.k_norm", head_dim) if config.qk_norm else None
+        self.q_norm = parts.norm(f"{name}.q_norm", head_dim, in_place=True) if config.qk_norm else None
+        self.k_norm = parts.norm(f"{name}.k_norm", head_dim, in_place=True) if config.qk_norm else None
         self.rope = RoPE(f"{name}.rope", parts.device)
         self.store = KVStore(f"{name}.kv_store", parts.device)
         self.attention = MultiHeadAttention(
@@ -63,17 +67,17 @@ class SelfAttention(Layer):
         )  # fmt: skip
         self.output = parts.linear(name, {"o_proj": config.hidden_size}, self.q_width, config.o_bias)
 
-    def record(self, x: Tensor, angles: Tensor, cache: Tensor, step: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
-        qkv = self.qkv.record(x)  # [rows, q | k | v]
+    def record(self, x: Tensor, angles: Tensor, cache: Tensor, step: dict[str, Tensor]) -> Tensor:
+        qkv = self.qkv.forward(x)  # [rows, q | k | v]
         q, k = qkv.columns(0, self.q_width), qkv.columns(self.q_width, self.q_width + self.kv_width)
         v = qkv.columns(self.q_width + self.kv_width, qkv.width)
         if self.q_norm and self.k_norm:
-            self.q_norm.record(q, in_place=True)
-            self.k_norm.record(k, in_place=True)
-        self.rope.record(qkv.columns(0, self.q_width + self.kv_width), angles)
+            self.q_norm.forward(q)
+            self.k_norm.forward(k)
+        self.rope.forward(qkv.columns(0, self.q_width + self.kv_width), angles)
         where = step["pos"], step["seq"], step["page_table"]
-        self.store.record(k, v, cache, *where)
-        return self.output.record(self.attention.record(q, cache, *where))
+        self.store.forward(k, v, cache, *where)
+        return self.output.forward(self.attention.forward(q, cache, *where))
 
 
 class MLP(Layer):
@@ -87,7 +91,7 @@ class MLP(Layer):
         self.down = parts.linear(name, {"down_proj": hidden}, width, bias)
 
     def record(self, x: Tensor) -> Tensor:
-        return self.down.record(self.swiglu.record(self.gate_up.record(x)))
+        return self.down.forward(self.swiglu.forward(self.gate_up.forward(x)))
 
 
 class Block(Layer):
@@ -97,17 +101,18 @@ class Block(Layer):
     def __init__(self, parts: Parts, index: int) -> None:
         super().__init__(f"model.layers.{index}", parts.device)
         hidden = parts.config.hidden_size
-        self.input_norm = parts.norm(f"{self.name}.input_layernorm", hidden, add=index > 0)
+        make_norm = parts.add_norm if index else parts.norm
+        self.input_norm: Layer = make_norm(f"{self.name}.input_layernorm", hidden)
         self.attention = SelfAttention(parts, f"{self.name}.self_attn", index)
-        self.mlp_norm = parts.norm(f"{self.name}.post_attention_layernorm", hidden, add=True)
+        self.mlp_norm = parts.add_norm(f"{self.name}.post_attention_layernorm", hidden)
         self.mlp = MLP(parts, f"{self.name}.mlp")
 
-    def record(  # type: ignore[override]
+    def record(
         self, x: Tensor, pending: list[Tensor], angles: Tensor, cache: Tensor, step: dict[str, Tensor]
     ) -> Tensor:
-        normed = self.input_norm.record(x, *pending)
-        attended = self.attention.record(normed, angles, cache, step)
-        return self.mlp.record(self.mlp_norm.record(x, attended))
+        normed = self.input_norm.forward(x, *pending)
+        attended = self.attention.forward(normed, angles, cache, step)
+        return self.mlp.forward(self.mlp_norm.forward(x, attended))
 
 
 class Decoder(Layer):
@@ -124,7 +129,7 @@ class Decoder(Layer):
         self.angles = RoPEAngles(config.rope.inv_freq(config.head_dim), config.rope.attention_scaling(),
                                  "model.rope", device)  # fmt: skip
         self.blocks = [Block(parts, i) for i in range(config.num_hidden_layers)]
-        self.norm = parts.norm("model.norm", config.hidden_size, add=True)
+        self.norm = parts.add_norm("model.norm", config.hidden_size)
         if config.tie_word_embeddings:
             checkpoint.finish(ignore=["lm_head.weight"])
             head = self.embedding.table
@@ -133,12 +138,12 @@ class Decoder(Layer):
             checkpoint.finish()
         self.logits = Logits(head, "lm_head", device)
 
-    def record(self, step: Step, cache: list[Tensor]) -> Tensor:  # type: ignore[override]
+    def record(self, step: Step, cache: list[Tensor]) -> Tensor:
         """Records the whole model. Returns the logits [logit rows, vocab_size]."""
         inputs = step.tensors
-        x = self.embedding.record(inputs["token"])
-        angles = self.angles.record(inputs["pos"])
+        x = self.embedding.forward(inputs["token"])
+        angles = self.angles.forward(inputs["pos"])
         pending: list[Tensor] = []  # what the next norm adds to x
         for block, pages in zip(self.blocks, cache, strict=True):
-            pending = [block.record(x, pending, angles, pages, inputs)]
-        return self.logits.record(self.norm.record(x, *pending), inputs["row_index"])
+            pending = [block.forward(x, pending, angles, pages, inputs)]
+        return self.logits.forward(self.norm.forward(x, *pending), inputs["row_index"])

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.ops.rmsnorm import RMSNorm, rmsnorm
+from engine.device import Device
+from engine.layer import Layer, Source, vector
+from engine.ops.rmsnorm import rmsnorm
 from engine.plan import Tensor, op
 
 
@@ -12,13 +14,18 @@ def add_rmsnorm(x: np.ndarray, delta: np.ndarray, weight: np.ndarray, out: np.nd
     rmsnorm.meaning(x, weight, out, groups=1, eps=eps)
 
 
-class AddRMSNorm(RMSNorm):
-    """x += delta, then the RMSNorm of the sum.
+class AddRMSNorm(Layer):
+    """x += delta, then the RMSNorm of the sum (ops/rmsnorm.py).
 
-    forward: x, delta [rows, width] -> [rows, width]; in a plan x is updated in place.
+    weight: [width]. forward: x, delta [rows, width] -> [rows, width]; in a plan x is updated in place.
     """
 
-    def record(self, x: Tensor, delta: Tensor) -> Tensor:  # type: ignore[override]
+    def __init__(self, weight: Source, eps: float, name: str = "", device: Device | None = None) -> None:
+        super().__init__(name, device)
+        self.weight = vector(f"{self.name}.weight", weight)
+        self.eps = eps
+
+    def record(self, x: Tensor, delta: Tensor) -> Tensor:
         width = self.weight.width
         self.check(x.width == delta.width == width, f"widths {x.width} and {delta.width}, expected {width}")
         plan = self.plan_of(x, delta)

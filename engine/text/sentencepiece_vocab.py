@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engine.text.detokenizer import ByteStream, TextStream
 from engine.errors import RillError
+from engine.text.detokenizer import ByteStream, TextStream
 from engine.text.vocab import MARKUP, Control, Part, token_pattern
 
 

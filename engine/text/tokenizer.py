@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.text.chat import ChatTemplate, Mask, check_messages, read_chat_template
-from engine.text.detokenizer import TextStream
 from engine.errors import RillError, UsageError
 from engine.json_file import Fields, parse_object, read_bytes
+from engine.text.chat import ChatTemplate, Mask, check_messages, read_chat_template
+from engine.text.detokenizer import TextStream
 from engine.text.json_vocab import JsonVocab
 from engine.text.sentencepiece_vocab import SentencePieceVocab
 from engine.text.tiktoken import is_tiktoken, llama3_vocab
