@@ -17,7 +17,7 @@ PYTEST := $(RUN) -m pytest
 .PHONY: demo test native lint sanitize wheel wheel-check no-flash ci clean
 
 demo: native $(VENV)/rill-demo
-	$(RUN) -m demo.infer -p "Once upon a time"
+	$(RUN) -m demo.infer --raw -p "Once upon a time"
 
 test: native $(VENV)/rill-dev
 	$(PYTEST)
@@ -39,10 +39,10 @@ lint: $(VENV)/rill-dev
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
 
-# The tests that reach native code: one file an op, the plan, the devices, the loader.
+# The tests that reach native code or read untrusted files: one an op, the device, the plan, the loader.
 SANITIZED := build/sanitized
 NATIVE_TESTS := $(wildcard $(patsubst engine/ops/%.py,test/test_%.py,$(wildcard engine/ops/*.py)) \
-                  $(foreach name,bad_safetensors checkpoint weights pack plan cpu native,test/test_$(name).py))
+                  $(foreach name,sanitizer cpu_device plan checkpoint bad_safetensors,test/test_$(name).py))
 
 sanitize: $(VENV)/rill-dev
 	@$(MAKE) native SANITIZE=1 LIBRARIES=$(SANITIZED)

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.errors import CCompilerError, FileError
@@ -57,16 +57,16 @@ class BuildPackage(build_py):
         shutil.copytree(BUNDLED_MODEL, package / "engine" / "_models" / BUNDLED_MODEL.name)
 
 
+class Package(Distribution):
+    def has_ext_modules(self) -> bool:
+        return what_is_missing() is None
+
+
 class Wheel(bdist_wheel):
     """Any Python 3; this platform, or any where nothing was compiled."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = what_is_missing() is not None
-
     def get_tag(self) -> tuple[str, str, str]:
-        platform = super().get_tag()[2]
-        return "py3", "none", platform
+        return "py3", "none", super().get_tag()[2]
 
 
-setup(cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel})
+setup(distclass=Package, cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel})

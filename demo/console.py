@@ -1,4 +1,4 @@
-"""Standard output and standard error of a command, and Ctrl-C: text to the one, everything else to the other."""
+"""The ways out of a command: text to standard output, everything else to standard error, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BACKGROUND = "rill-background"
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def open_streams() -> None:
-    """UTF-8 whatever the locale says. A closed standard error is silent, a closed standard output an OSError."""
+    """UTF-8 whatever the locale. A closed standard error is silent, a closed standard output an OSError."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
@@ -35,20 +36,43 @@ def open_streams() -> None:
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def say(message: str) -> None:
     """One line on standard error, whatever the message holds."""
-    print("rill:", re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message).strip(), file=sys.stderr, flush=True)
+    mutter(f"rill: {CONTROLS.sub(' ', message).strip()}\n")
+
+
+def mutter(text: str) -> None:
+    """Text on standard error as it stands, lost where nobody takes it."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        pass
+
+
+def seen_together() -> bool:
+    """Whether standard output and standard error go to the same place."""
+    try:
+        return os.path.sameopenfile(1, 2)
+    except OSError:  # one of them is closed
+        return False
 
 
 def drop_output() -> None:
-    """Text that nobody takes any more is let go, so that Python does not complain about it when it ends."""
+    """Lets go of text that nobody takes, which Python would complain about when it ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except (OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
@@ -56,8 +80,11 @@ def drop_output() -> None:
 
 
 def in_background(work: Callable[[], T]) -> T:
-    """What work() returns or raises. It runs in a thread of its own, so that this one answers Ctrl-C even while
-    native code is busy; KeyboardInterrupt leaves it running."""
+    """What work() returns or raises.
+
+    It runs in a thread of its own, so that this one answers Ctrl-C even while native code is busy or modules
+    are imported; KeyboardInterrupt leaves it running.
+    """
     outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -74,7 +101,7 @@ def in_background(work: Callable[[], T]) -> T:
 
 
 def end_interrupted(status: int) -> int:
-    """The exit status. Where work goes on in the background, the process ends here: there is no waiting for it."""
+    """The exit status. Where work goes on in the background, the process ends here instead of waiting."""
     drop_output()
     if any(thread.name == BACKGROUND for thread in threading.enumerate()):
         os._exit(status)
@@ -129,11 +156,11 @@ class ProgressBar:
         text = f"loading {done / max(total, 1):4.0%} of {total / 1e9:.1f} GB"
         if self.terminal:
             filled = 30 * done // max(total, 1)
-            print(f"\rrill: {text} [{'#' * filled:30}]", end="", file=sys.stderr, flush=True)
+            mutter(f"\rrill: {text} [{'#' * filled:30}]")
             self.drawn = True
         else:
             say(text)
 
     def clear(self) -> None:
         if self.drawn:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            mutter("\r\033[K")

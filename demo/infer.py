@@ -2,19 +2,29 @@
 
     python -m demo.infer [MODEL] [TOKENIZER] -p "What is rain?"
 
-The engine, with NumPy and the native libraries, is imported only when there is work for it, so that --help is quick.
+The engine, with NumPy and the native libraries, is imported only when there is work for it: --help is quick.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from demo import report
-from demo.console import ProgressBar, drop_output, end_interrupted, in_background, open_streams, say, show, write
+from demo.console import (
+    ProgressBar,
+    drop_output,
+    end_interrupted,
+    in_background,
+    mutter,
+    open_streams,
+    say,
+    seen_together,
+    show,
+    write,
+)
 from demo.options import (
     LLM_OPTIONS,
     SAMPLING_OPTIONS,
@@ -26,9 +36,12 @@ from demo.options import (
 )
 
 if TYPE_CHECKING:
-    from engine import LLM, Completion, SamplingParams
+    from engine import LLM, Completion
+    from engine.sampler import ResolvedParams
+    from engine.verify import Report
 
-FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # the last two as a shell counts SIGINT and SIGPIPE
+FAILED, MISUSED = 1, 2
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell counts SIGINT and SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,20 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return end_interrupted(INTERRUPTED)
     except BrokenPipeError:
-        drop_output()
         return BROKEN_PIPE
     except Exception as error:
-        drop_output()
         say(f"error: {report.explain(error)}")
         return MISUSED if report.is_misuse(error) else FAILED
+    finally:
+        drop_output()
 
 
 def run(options: argparse.Namespace) -> int:
     if options.verify is not None:
         return run_verify(options)
-    prompt = read_prompt(options.prompt)
-    params = sampling_params(options)
-    with load(options) as llm:
+    prompt, progress = read_prompt(options.prompt), ProgressBar()
+    try:
+        llm, params = in_background(lambda: load(options, progress))
+    finally:
+        progress.clear()
+    with llm:
         if options.chat:
             from demo.chat_loop import Chat
 
@@ -60,19 +76,23 @@ def run(options: argparse.Namespace) -> int:
             status, timings = talk.run(prompt), talk.timings
         else:
             completion = complete(llm, params, options, prompt or "")
-            status, timings = INTERRUPTED if completion.finish_reason == "cancelled" else 0, [completion.timings]
+            status = INTERRUPTED if completion.finish_reason == "cancelled" else 0
+            timings = [completion.timings]
     if timings:
         say(report.summary(timings))
     return status
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from engine.verify import verify
+    def work() -> Report:
+        from engine.verify import verify
 
-    model, gen_len = find_model(options), options.gen_len or 0
-    result = in_background(lambda: verify(model, options.verify, gen_len, **given(options, LLM_OPTIONS)))
-    write("".join(f"{line}\n" for line in result.lines))
-    return 0 if result.passed else FAILED
+        model, settings = find_model(options), given(options, LLM_OPTIONS)
+        return verify(model, options.verify, options.gen_len or 0, **settings)
+
+    comparison = in_background(work)
+    write("".join(f"{line}\n" for line in comparison.lines))
+    return 0 if comparison.passed else FAILED
 
 
 def read_prompt(prompt: str | None) -> str | None:
@@ -88,30 +108,23 @@ def read_prompt(prompt: str | None) -> str | None:
         raise OptionError(f"--prompt -: standard input is not UTF-8 (byte {error.start})") from None
 
 
-def sampling_params(options: argparse.Namespace) -> SamplingParams:
-    from engine import SamplingParams
-
-    return SamplingParams(**{"max_tokens": None, **given(options, SAMPLING_OPTIONS)})
-
-
 def find_model(options: argparse.Namespace) -> str:
     from engine.default_model import default_model
 
     return options.model or str(default_model())
 
 
-def load(options: argparse.Namespace) -> LLM:
-    from engine import LLM
+def load(options: argparse.Namespace, progress: ProgressBar) -> tuple[LLM, ResolvedParams]:
+    """The model and how to sample from it. Options are checked before anything is read."""
+    from engine import LLM, SamplingParams
 
-    model, progress = find_model(options), ProgressBar()
-    try:
-        return in_background(lambda: LLM(model, options.tokenizer, max_batch=1, progress=progress,
-                                         **given(options, LLM_OPTIONS)))  # fmt: skip
-    finally:
-        progress.clear()
+    params = SamplingParams(**{"max_tokens": None, **given(options, SAMPLING_OPTIONS)})
+    llm = LLM(find_model(options), options.tokenizer, max_batch=1, progress=progress,
+              **given(options, LLM_OPTIONS))  # fmt: skip
+    return llm, params.resolve(llm.generation_config)
 
 
-def complete(llm: LLM, params: SamplingParams, options: argparse.Namespace, prompt: str) -> Completion:
+def complete(llm: LLM, params: ResolvedParams, options: argparse.Namespace, prompt: str) -> Completion:
     """Answers or continues one prompt on standard output."""
     templated = uses_template(llm, options)
     messages = [*system_message(options), {"role": "user", "content": prompt}]
@@ -122,8 +135,8 @@ def complete(llm: LLM, params: SamplingParams, options: argparse.Namespace, prom
     say(report.choices(llm, params, options, templated=templated))
     if options.verbose:
         say(report.details(llm))
-    if not templated and os.path.sameopenfile(1, 2):  # where both are seen, prompt and text read as one
-        print(prompt, end="", file=sys.stderr, flush=True)
+    if not templated and seen_together():  # then prompt and text read as one
+        mutter(prompt)
     completion = show(stream)
     if options.verbose:
         say(report.reply_details(llm, completion))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any, NoReturn
 
-DESCRIPTION = """\
-Rill runs Qwen3, Qwen2 and Llama checkpoints. Text goes to standard output as it is generated, everything else to
-standard error.
+from demo.console import write
 
-A prompt is a message to the assistant and goes through the model's chat template, where the model has one; --raw has
-the model continue the text instead."""
+DESCRIPTION = """\
+Rill runs Qwen3, Qwen2 and Llama checkpoints. Text goes to standard output as it is generated,
+everything else to standard error.
+
+Where the model has a chat template, a prompt is a message to the assistant and goes through it;
+--raw has the model continue the text instead."""
 
 EPILOG = """\
 examples:
@@ -22,14 +24,14 @@ examples:
   rill MODEL -p - --temperature 0 < FILE       the prompt from standard input, the likeliest answer
   rill MODEL --chat                            a conversation: Ctrl-C stops a reply, Ctrl-D ends
 
-Sampling options that are not given come from the model's generation_config.json. RILL_ISA and OMP_NUM_THREADS
-count where --isa and --threads are not given.
+Sampling options that are not given come from the model's generation_config.json. RILL_ISA and
+OMP_NUM_THREADS count where --isa and --threads are not given.
 
 exit status: 0 done, 1 failed, 2 misused, 130 stopped by Ctrl-C."""
 
 LLM_OPTIONS = ("device", "isa", "attention", "dtype", "kv_dtype", "max_seq_len", "threads")
-SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "max_tokens",
-                    "stop", "seed")  # fmt: skip
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                    "max_tokens", "stop", "seed")  # fmt: skip
 
 
 class OptionError(ValueError):
@@ -40,6 +42,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise OptionError(f"{message.removeprefix('argument ')} (rill --help lists the options)")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        write(message)  # argparse would ignore an error
+
 
 class Version(argparse.Action):
     """Reads the version only when it is asked for: importing the engine takes longer than --help may."""
@@ -47,7 +52,7 @@ class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from engine import __version__
 
-        print(f"rill {__version__}")
+        write(f"rill {__version__}\n")
         parser.exit()
 
 
@@ -58,9 +63,9 @@ def integer(text: str) -> int:
 
 
 def number(text: str) -> float:
-    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) or math.isinf(float(text)):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text[:40]!r}")
-    return float(text)
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) and isfinite(float(text)):
+        return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number, got {text[:40]!r}")
 
 
 def token_ids(text: str) -> list[int]:
@@ -70,12 +75,13 @@ def token_ids(text: str) -> list[int]:
 
 
 def make_parser() -> Parser:
-    """Options that name an argument of LLM or SamplingParams store it under that name; absent ones are None."""
-    parser = Parser("rill", usage="rill [MODEL] [TOKENIZER] -p TEXT [options]", description=DESCRIPTION, epilog=EPILOG,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    """An option for an argument of LLM or SamplingParams goes by its name; those not given are None."""
+    parser = Parser("rill", usage="rill [MODEL] [TOKENIZER] -p TEXT [options]", description=DESCRIPTION,
+                    epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)  # fmt: skip
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="directory in Hugging Face format, hub name, .safetensors file or "
-        "its index; without one, the bundled model")  # fmt: skip
+    add("model", nargs="?", metavar="MODEL", help="directory in Hugging Face format, hub name, .safetensors "
+        "file or its index; without one, the bundled model")  # fmt: skip
     add("tokenizer", nargs="?", metavar="TOKENIZER", help="directory or file; without one, the model's own")
     add("--version", action=Version, nargs=0, help="print the version and exit")
     add("--verbose", action="store_true", help="say more about the model, the prompt and each reply")
@@ -83,8 +89,9 @@ def make_parser() -> Parser:
     _add_sampling(parser.add_argument_group("sampling"))
     _add_engine(parser.add_argument_group("the engine"))
     group = parser.add_argument_group("checking the engine")
-    group.add_argument("--verify", type=token_ids, metavar="IDS", help="run these token ids on the device and on the "
-                       "NumPy oracle and compare every node; print PASS or the first difference")  # fmt: skip
+    group.add_argument("--verify", type=token_ids, metavar="IDS", help="run these token ids on the device "
+                       "and on the NumPy oracle and compare every node; print PASS or the first "
+                       "difference")  # fmt: skip
     group.add_argument("--gen-len", type=integer, metavar="N",
                        help="with --verify: tokens to generate as well, by default 0")  # fmt: skip
     return parser
@@ -95,29 +102,29 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
     add("-p", "--prompt", metavar="TEXT", help='what to answer or continue; "-" reads standard input')
     add("--raw", action="store_true", help="no chat template: continue the text as it stands")
     add("--system", metavar="TEXT", help="system message, before the prompt or the conversation")
-    add("--think", action=argparse.BooleanOptionalAction, help="let the model think first, or not; for templates that "
-        "know enable_thinking")  # fmt: skip
-    add("--chat", action="store_true", help="a conversation, one line a turn, after the prompt if there is one")
+    add("--think", action=argparse.BooleanOptionalAction,
+        help="let the model think first, or not; for templates that know enable_thinking")  # fmt: skip
+    add("--chat", action="store_true", help="a conversation, one line a turn; a prompt comes first")
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("-n", "--max-tokens", type=integer, metavar="N", help="tokens to generate at most; by default, to the end of "
-        "the context")  # fmt: skip
+    add("-n", "--max-tokens", type=integer, metavar="N", help="tokens to generate at most; by default, to "
+        "the end of the context")  # fmt: skip
     add("--temperature", type=number, metavar="X", help="0 takes the likeliest token; higher is more random")
     add("--top-k", type=integer, metavar="K", help="sample from the K likeliest tokens; 0 for all")
-    add("--top-p", type=number, metavar="P", help="sample from the fewest tokens that hold probability P together")
-    add("--min-p", type=number, metavar="P", help="leave out tokens below P times the likeliest one's probability")
-    add("--repetition-penalty", type=number, metavar="X", help="divide the scores of tokens seen before; 1 for none")
-    add("--presence-penalty", type=number, metavar="X", help="subtract from the scores of tokens generated before")
-    add("-s", "--seed", type=integer, metavar="N", help="the same seed gives the same text; by default a random one")
+    add("--top-p", type=number, metavar="P", help="sample from the fewest tokens that have probability P")
+    add("--min-p", type=number, metavar="P", help="leave out tokens below this share of the likeliest")
+    add("--repetition-penalty", type=number, metavar="X", help="divides the scores of tokens so far; 1: none")
+    add("--presence-penalty", type=number, metavar="X", help="taken off scores of generated tokens; 0: none")
+    add("-s", "--seed", type=integer, metavar="N", help="the same seed gives the same text; else random")
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
 
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("-c", "--ctx-size", type=integer, dest="max_seq_len", metavar="N", help="positions of the context, prompt and "
-        "reply together; by default 4096, at most the model's own limit")  # fmt: skip
+    add("-c", "--ctx-size", type=integer, dest="max_seq_len", metavar="N", help="positions of the context, "
+        "prompt and reply together; by default 4096, at most the model's own limit")  # fmt: skip
     add("-t", "--threads", type=integer, metavar="N", help="by default one a core")
     add("--device", metavar="NAME", help="auto, cpu or numpy")
     add("--isa", metavar="NAME", help="auto, baseline, avx2, avx512 (the best of its family), ...")
@@ -168,7 +175,7 @@ def template_variables(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_option(message: str) -> str:
-    """A message that begins with an argument of LLM or SamplingParams, with the option's name in its place."""
+    """The message; where it begins with an argument of LLM or SamplingParams, with the option's name."""
     flags = {action.dest: "/".join(action.option_strings) for action in make_parser()._actions}
     message = message.removeprefix("sampling: ")
     name = re.match(r"\w*", message)[0]  # type: ignore[index]

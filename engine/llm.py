@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -72,6 +73,8 @@ class LLM:
         self.runner.load(progress)
         checkpoint.finish(ignore=checkpoint.tensors)
         self._scheduler = Scheduler(self.runner, max_batch)
+        # Dropping the last reference ends the engine thread; so does leaving the interpreter, before memory goes.
+        self._finalizer = weakref.finalize(self, self._scheduler.close)
         self.load_seconds = time.perf_counter() - started
 
     def _vocab_size(self) -> int:
@@ -114,7 +117,7 @@ class LLM:
         """An iterator of pieces of text as they come. Closing it cancels the request."""
         if self.tokenizer is None:
             raise UsageError(f"text cannot be streamed without a tokenizer: {self._no_tokenizer}")
-        return Stream(self._scheduler, self._request(prompt, params))
+        return Stream(self, self._scheduler, self._request(prompt, params))
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
@@ -127,7 +130,7 @@ class LLM:
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
     ) -> Stream:
         """`chat`, as `stream` gives it."""
-        return Stream(self._scheduler, self._request(self.encode_chat(messages, **template), params, reply=True))
+        return Stream(self, self._scheduler, self._request(self.encode_chat(messages, **template), params, reply=True))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
         """The token ids of a conversation, up to where the reply begins."""
@@ -141,7 +144,7 @@ class LLM:
 
     def close(self) -> None:
         """Cancels what is running and ends the engine thread."""
-        self._scheduler.close()
+        self._finalizer()
 
     def __enter__(self) -> LLM:
         return self
@@ -205,7 +208,8 @@ class LLM:
 class Stream(Iterator[str]):
     """Pieces of text as they are generated; `completion()` afterwards."""
 
-    def __init__(self, scheduler: Scheduler, request: Request) -> None:
+    def __init__(self, llm: LLM, scheduler: Scheduler, request: Request) -> None:
+        self._llm = llm  # lives as long as somebody reads from it
         self._scheduler, self._request = scheduler, request
         scheduler.submit([request])
 

@@ -51,6 +51,7 @@ class Scheduler:
             self.changed.notify()
 
     def close(self) -> None:
+        """Cancels all requests and waits for the engine thread to end."""
         with self.changed:
             self.closed = True
             for request in [*self.waiting, *self.running]:

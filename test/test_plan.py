@@ -33,7 +33,7 @@ class Block(Layer):
         self.down = Linear([normal(rng, width, width)], name="block.down", device=device)
         self.last = AddRMSNorm(normal(rng, width), 1e-6, "block.last", device)
 
-    def record(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def record(self, x: Tensor) -> Tensor:
         hidden = self.norm.record(x)
         for _ in range(3):
             hidden = self.last.record(x, self.down.record(self.act.record(self.up.record(hidden))))

@@ -251,18 +251,18 @@ def who_has_what(rng: random.Random, held_out: bool) -> Turns:
 def quiz_round(rng: random.Random, held_out: bool) -> Turns:
     """Several small questions in a row, with a greeting or something unknown among them."""
     turns: Turns = []
-    for _ in range(rng.randint(1, 6)):
-        turns += rng.choice((quiz, quiz, quiz, quiz, small_talk, unknown))(rng, held_out)
+    for _ in range(rng.randint(2, 9)):
+        turns += rng.choice((quiz, quiz, quiz, quiz, quiz, small_talk, unknown))(rng, held_out)
     return turns
 
 
 ChatKind = Callable[[random.Random, bool], Turns]
 CHAT_KINDS: tuple[tuple[ChatKind, float], ...] = (
-    (told_story, 0.3),
+    (told_story, 0.2),
     (given_story, 0.15),
-    (about_me, 0.2),
-    (who_has_what, 0.1),
-    (quiz_round, 0.25),
+    (about_me, 0.1),
+    (who_has_what, 0.25),
+    (quiz_round, 0.3),
 )
 
 

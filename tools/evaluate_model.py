@@ -55,7 +55,7 @@ def count_right_answers(
     rng = random.Random("held out questions")
     right, asked = Counter[str](), Counter[str]()
     while chats > 0:
-        document = encoder.chat(make_chat(rng, held_out=True), rng)
+        document = encoder.chat(make_chat(rng, held_out=True))
         if len(document.ids) > CONTEXT:
             continue
         chats -= 1
@@ -70,7 +70,7 @@ def count_right_answers(
 
 def tell_story(model: torch.nn.Module, encoder: Encoder, opening: str = OPENING) -> tuple[str, bool]:
     """The model's own greedy continuation of a raw opening, and whether it ended by itself."""
-    document = encoder.story(opening, random.Random("not plain"))
+    document = encoder.story(opening)
     ids = torch.tensor([document.ids[:-1]])
     said = model.generate(ids, do_sample=False, max_new_tokens=500)[0].tolist()
     return encoder.tokenizer.decode(said), said[-1] == encoder.end

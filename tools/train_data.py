@@ -20,8 +20,8 @@ from tools.stories import make_story
 from tools.train_tokenizer import END_OF_TEXT, IM_END, IM_START
 
 IGNORED = -100  # label of a token that is not learned
-STORY_SHARE = 0.3  # of the documents; the rest are chats
-PLAIN_SHARE = 0.15  # of Llama documents, read without SentencePiece's leading space after BOS
+STORY_SHARE = 0.2  # of the documents; the rest are chats
+PLAIN_SHARE = 0.15  # of the documents for Llama
 
 
 @dataclass
@@ -54,13 +54,13 @@ class Qwen3Encoder:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text).ids)
 
-    def story(self, text: str, rng: random.Random) -> Document:
+    def story(self, text: str, plain: bool = False) -> Document:
         """A raw story."""
         document = Document.empty()
         document.add([*self._ids(text), self.end], learned=True)
         return document
 
-    def chat(self, turns: list[Turn], rng: random.Random) -> Document:
+    def chat(self, turns: list[Turn], plain: bool = False) -> Document:
         """A chat, of which the assistant's words and the end of its turns are learned."""
         document = Document.empty()
         for turn in turns:
@@ -73,7 +73,10 @@ class Qwen3Encoder:
 
 
 class LlamaEncoder:
-    """Documents as `tiny-llama` reads them: `<s>[INST] … [/INST] … </s>`, and `<s> … </s>` for stories."""
+    """Documents as `tiny-llama` reads them: `<s>[INST] … [/INST] … </s>`, and `<s> … </s>` for stories.
+
+    A `plain` document lacks SentencePiece's leading space after `<s>`, since some readers leave it out.
+    """
 
     def __init__(self, directory: Path) -> None:
         path = str(directory / "tokenizer.model")
@@ -86,16 +89,16 @@ class LlamaEncoder:
         # a line break first keeps SentencePiece from putting its space before the text itself
         return list(self.tokenizer.encode("\n" + text))[2:]
 
-    def story(self, text: str, rng: random.Random) -> Document:
+    def story(self, text: str, plain: bool = False) -> Document:
         """A raw story."""
         document = Document.empty()
         document.add([self.begin], learned=False)
-        document.add([*self._ids(text, rng.random() < PLAIN_SHARE), self.end], learned=True)
+        document.add([*self._ids(text, plain), self.end], learned=True)
         return document
 
-    def chat(self, turns: list[Turn], rng: random.Random) -> Document:
+    def chat(self, turns: list[Turn], plain: bool = False) -> Document:
         """A chat, of which the assistant's words and the end of its turns are learned."""
-        document, system, plain = Document.empty(), "", rng.random() < PLAIN_SHARE
+        document, system = Document.empty(), ""
         for turn in turns:
             if turn.role == "system":
                 system = f"<<SYS>>\n{turn.content}\n<</SYS>>\n\n"
@@ -116,9 +119,9 @@ ENCODERS: dict[str, Callable[[Path], Encoder]] = {"tiny-qwen3": Qwen3Encoder, "t
 
 def draw_document(encoder: Encoder, rng: random.Random, held_out: bool) -> Document:
     """A story or a chat."""
-    if rng.random() < STORY_SHARE:
-        return encoder.story(make_story(rng, held_out).text, rng)
-    return encoder.chat(make_chat(rng, held_out), rng)
+    content = make_story(rng, held_out).text if rng.random() < STORY_SHARE else make_chat(rng, held_out)
+    plain = isinstance(encoder, LlamaEncoder) and rng.random() < PLAIN_SHARE
+    return encoder.story(content, plain) if isinstance(content, str) else encoder.chat(content, plain)
 
 
 def pack_rows(encoder: Encoder, seed: str, rows: int, length: int, held_out: bool = False) -> Rows:

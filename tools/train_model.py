@@ -24,13 +24,14 @@ import torch.multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tools.evaluate_model import CONTEXT, count_right_answers, held_out_loss, loss_of
-from tools.train_data import ENCODERS, Encoder, pack_rows
+from tools.train_data import ENCODERS, Encoder, LlamaEncoder, pack_rows
 from tools.train_tokenizer import TRAINERS
+from tools.warm_start import warm_start
 
 STEP_TOKENS = 2048
 # Recall is learned sooner and cheaper in short rows; long ones then teach it over the whole context.
 ROW_LENGTHS, LATE_ROW_LENGTHS, LATE_SHARE = (256,), (256, 512, 256, CONTEXT), 0.4
-PEAK_LEARNING_RATE, FINAL_SHARE, WARM_UP_STEPS = 2e-3, 0.05, 100
+FINAL_SHARE, WARM_UP_STEPS = 0.05, 100  # of the learning rate
 WEIGHT_DECAY, CLIP_NORM, BETAS = 0.1, 1.0, (0.9, 0.98)
 CHECKPOINT_SECONDS, REPORT_STEPS, EVALUATE_STEPS = 90, 50, 500
 EVALUATE_CHATS = 60
@@ -38,31 +39,31 @@ SHAPE = {
     "vocab_size": 1536,
     "hidden_size": 256,
     "intermediate_size": 512,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
+    "head_dim": 48,
     "max_position_embeddings": CONTEXT,
 }
 
 
 def build_model(name: str) -> torch.nn.Module:
-    """A freshly initialised model: about 3.1 million parameters."""
+    """A freshly initialised model of three million parameters or a few more."""
     if name == "tiny-qwen3":
         ids = {"bos_token_id": None, "eos_token_id": 1499, "pad_token_id": 1497}
         rope = {"rope_type": "default", "rope_theta": 1e6}
-        shape = SHAPE | {"num_hidden_layers": 4, "head_dim": 48}
-        return Qwen3ForCausalLM(Qwen3Config(**shape, **ids, tie_word_embeddings=True, rope_parameters=rope))
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
+        return Qwen3ForCausalLM(Qwen3Config(**SHAPE, **ids, tie_word_embeddings=True, rope_parameters=rope))
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    shape = SHAPE | {"num_hidden_layers": 4, "head_dim": 32}
-    return LlamaForCausalLM(LlamaConfig(**shape, **ids, tie_word_embeddings=False, rope_parameters=rope))
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **ids, tie_word_embeddings=False, rope_parameters=rope))
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, then a cosine down to a small share of the peak."""
     if step < WARM_UP_STEPS:
-        return PEAK_LEARNING_RATE * (step + 1) / WARM_UP_STEPS
+        return peak * (step + 1) / WARM_UP_STEPS
     done = (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS)
-    return PEAK_LEARNING_RATE * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def row_length(step: int, steps: int) -> int:
@@ -77,40 +78,41 @@ class Training:
     Every worker holds the same; worker 0 alone reports and saves.
     """
 
-    def __init__(self, name: str, steps: int, checkpoint: Path, worker: int = 0, workers: int = 1) -> None:
-        self.name, self.steps, self.directory, self.step = name, steps, checkpoint, 0
-        self.worker, self.workers = worker, workers
+    def __init__(self, arguments: argparse.Namespace, worker: int = 0) -> None:
+        self.name, self.steps, self.directory = arguments.model, arguments.steps, arguments.checkpoint
+        self.peak, self.worker, self.workers, self.step = (
+            arguments.learning_rate,
+            worker,
+            arguments.workers,
+            0,
+        )
         torch.manual_seed(0)
-        self.encoder: Encoder = ENCODERS[name](self.directory)
-        self.model = build_model(name)
+        self.encoder: Encoder = ENCODERS[self.name](self.directory)
+        self.model = build_model(self.name)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=BETAS, fused=True)
-        self._restore()
-
-    @property
-    def _file(self) -> Path:
-        return self.directory / "checkpoint.pt"
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+        self.file = self.directory / "checkpoint.pt"
+        if self.file.exists():
+            self._restore()
 
     def _restore(self) -> None:
-        if self._file.exists():
-            state = torch.load(self._file, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-            print(f"going on from step {self.step}", flush=True)
+        state = torch.load(self.file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
 
     def save(self) -> None:
         """Write a checkpoint; a reader never sees half of one."""
-        partial = self._file.with_suffix(".partial")
+        partial = self.file.with_suffix(".partial")
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
         torch.save(state, partial)
-        partial.replace(self._file)
+        partial.replace(self.file)
 
     def run(self) -> None:
         """Train up to the last step."""
@@ -140,7 +142,7 @@ class Training:
         rows = pack_rows(self.encoder, f"train/{self.step}/{self.worker}", count, length)
         ids, labels = (torch.from_numpy(array) for array in rows)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps)
+            group["lr"] = learning_rate(self.step, self.steps, self.peak)
         loss = loss_of(self.model, ids, labels)
         loss.backward()
         self._average_gradients()
@@ -205,18 +207,23 @@ def train(worker: int, arguments: argparse.Namespace) -> None:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=worker, world_size=arguments.workers
         )
-    training = Training(arguments.model, arguments.steps, arguments.checkpoint, worker, arguments.workers)
+    training = Training(arguments, worker)
     training.run()
     if worker == 0:
         export(training, arguments.out)
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Make the tokenizer if it is not there yet, and clear away what an interrupted run left."""
+    """Make the tokenizer and the first checkpoint if they are not there yet."""
     arguments.checkpoint.mkdir(parents=True, exist_ok=True)
     (arguments.checkpoint / "rendezvous").unlink(missing_ok=True)
     if not (arguments.checkpoint / "tokenizer_config.json").exists():
         TRAINERS[arguments.model](arguments.checkpoint)
+    training = Training(arguments)
+    if arguments.warm_start and not training.file.exists():
+        warm_start(training.model, LlamaEncoder(arguments.checkpoint), arguments.warm_start)
+        training.save()
+    print(f"starting at step {training.step}", flush=True)
 
 
 def main() -> None:
@@ -228,13 +235,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
+    parser.add_argument("--warm-start", type=Path, help="a tiny-qwen3 directory to start tiny-llama from")
     parser.add_argument("--workers", type=int, default=2, choices=(1, 2), help="processes of one thread each")
     parser.add_argument(
         "--export", action="store_true", help="only write the directory from the last checkpoint"
     )
     arguments = parser.parse_args()
     if arguments.export:
-        export(Training(arguments.model, arguments.steps, arguments.checkpoint), arguments.out)
+        export(Training(arguments), arguments.out)
         return
     prepare(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
