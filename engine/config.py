@@ -206,11 +206,11 @@ def load_generation_config(path: str | Path) -> dict[str, Any]:
     config = Fields(str(path), parse_object(read_bytes(path, MAX_CONFIG_BYTES), str(path)))
     readers = {
         "do_sample": config.boolean,
-        "temperature": lambda name: config.number(name, "[0, 1e6]"),
+        "temperature": lambda name: config.number(name, "[0, 100]"),
         "top_k": lambda name: config.integer(name, "[0, 2147483647]"),
         "top_p": lambda name: config.number(name, "(0, 1]"),
         "min_p": lambda name: config.number(name, "[0, 1]"),
-        "repetition_penalty": lambda name: config.number(name, "(0, 1e6]"),
+        "repetition_penalty": lambda name: config.number(name, "(0, 100]"),
         "bos_token_id": lambda name: config.integer(name, "[0, 2147483647]"),
         "eos_token_id": config.token_ids,
     }

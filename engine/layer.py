@@ -82,15 +82,18 @@ class Layer:
             return self.record(*inputs)
         return self._compute([np.ascontiguousarray(x) for x in inputs])
 
-    def _compute(self, arrays: list[np.ndarray]) -> np.ndarray:
+    def _compute(self, arrays: list[np.ndarray]) -> Any:
         self.device.load([w for w in self.weights() if w.storage is None])
         plan = Plan(self.device)
         rows = plan_input(plan, np.array([len(arrays[0])], np.int32), None, "rows")
         output = self.record(*(plan_input(plan, a, rows, f"input {i}") for i, a in enumerate(arrays)))
-        plan.keep(output)
+        outputs = output if isinstance(output, tuple) else (output,)
+        for tensor in outputs:
+            plan.keep(tensor)
         plan.lower()
         plan.run()
-        return self.device.download(output)
+        results = tuple(self.device.download(tensor) for tensor in outputs)
+        return results if isinstance(output, tuple) else results[0]
 
     def weights(self) -> Iterator[Weight]:
         """All weights of this layer and of the layers in it, in the order in which they were made, each once."""

@@ -97,7 +97,8 @@ INLINE vec vec_div(vec a, vec b) { EACH(a.lane[i] / b.lane[i]); }
 INLINE vec vec_max(vec a, vec b) { EACH(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 INLINE vec vec_fma(vec a, vec b, vec c) { EACH(a.lane[i] * b.lane[i] + c.lane[i]); }
 INLINE vec vec_unless_below(vec x, float limit, vec y) { EACH(x.lane[i] < limit ? 0.0f : y.lane[i]); }
-INLINE vec vec_round(vec x) { EACH((float)(int32_t)(x.lane[i] + (x.lane[i] < 0 ? -0.5f : 0.5f))); }
+/* For |x| < 2^22: adding 1.5 · 2^23 leaves no bits for a fraction. */
+INLINE vec vec_round(vec x) { EACH((x.lane[i] + 12582912.0f) - 12582912.0f); }
 INLINE vec vec_exp2i(vec n)
 {
     vec out;

@@ -167,6 +167,14 @@ def test_top_k_draws_from_exactly_k_tokens(device: Open, top_k: int) -> None:
     assert set(draws(device(), logits, 2000, temperature=1, top_k=top_k)) == set(best)
 
 
+@every_device
+def test_a_top_k_of_the_whole_vocabulary_cuts_nothing(device: Open) -> None:
+    logits = np.random.default_rng(3).standard_normal(50)
+    plain = draws(device(), logits, temperature=1)
+    for top_k in (50, 51, 2**31 - 1):
+        np.testing.assert_array_equal(draws(device(), logits, temperature=1, top_k=top_k), plain)
+
+
 def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
     """The distribution after Hugging Face's warpers, as they define them: from the least likely token up."""
     p = np.exp((logits - logits.max()) / temperature)
@@ -186,17 +194,13 @@ def warped(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min
     [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 10, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.2)]
     + [(2.0, 12, 0.9, 0.1)],
 )
-def test_draws_follow_the_distribution(
-    device: Open, vocab_size: int, values: tuple[float, int, float, float]
-) -> None:
+def test_draws_follow_the_distribution(device: Open, vocab_size: int, values: tuple[float, int, float, float]) -> None:
     """Pearson's chi-square over 4,000 draws: within five standard deviations; nothing impossible drawn."""
     temperature, top_k, top_p, min_p = values
     logits = np.random.default_rng(vocab_size).standard_normal(vocab_size).astype(np.float32)
     count = 4000
     p = warped(logits.astype(np.float64), *values)
-    tokens = draws(
-        device(), logits, count, seed=11, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+    tokens = draws(device(), logits, count, seed=11, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     seen = np.bincount(tokens, minlength=vocab_size)
     assert not seen[p == 0].any()
     expected = p[p > 0] * count
@@ -272,9 +276,7 @@ def test_logprobs_are_of_the_raw_logits(device: Open) -> None:
     token, logprob, top_token, top_logprob = run(device(), raw, requests(*wanted), [int(raw[3].argmax())])
     expected = raw.astype(np.float32).astype(np.float64)
     expected -= np.log(np.exp(expected - 1000).sum(axis=1, keepdims=True)) + 1000
-    assert (
-        token[4] == 999 and token[3] == np.argsort(raw[3])[-2]
-    )  # the penalty moves the token, not its logprob
+    assert token[4] == 999 and token[3] == np.argsort(raw[3])[-2]  # the penalty moves the token, not its logprob
     np.testing.assert_allclose(logprob[:5], expected[np.arange(5), token[:5]], atol=1e-5)
     assert logprob[5] == 0
     for row, values in enumerate(wanted):
@@ -287,9 +289,7 @@ def test_logprobs_are_of_the_raw_logits(device: Open) -> None:
 
 @every_device
 def test_a_target_beyond_the_vocabulary_is_impossible(device: Open) -> None:
-    token, logprob, _, _ = run(
-        device(), np.zeros((1, 20)), requests(dict(target=19, logprobs=0)), vocab_size=10
-    )
+    token, logprob, _, _ = run(device(), np.zeros((1, 20)), requests(dict(target=19, logprobs=0)), vocab_size=10)
     assert token[0] == 19 and np.isneginf(logprob[0])
 
 

@@ -109,9 +109,7 @@ def test_temperature_comes_from(asked: Any, config: Any, temperature: float, sou
 
 
 def test_every_setting_has_a_value_and_a_source() -> None:
-    params = SamplingParams(top_k=0, stop=("a",), max_tokens=9, logprobs=2).resolve(
-        {**QWEN3, "eos_token_id": {1}}
-    )
+    params = SamplingParams(top_k=0, stop=("a",), max_tokens=9, logprobs=2).resolve({**QWEN3, "eos_token_id": {1}})
     seed = params.seed
     assert params == SamplingParams(0.6, 0, 0.95, 0.0, 1.0, 0.0, 9, ("a",), seed, logprobs=2).resolve()
     assert params.sources == {
@@ -148,18 +146,14 @@ def test_fill_writes_every_field() -> None:
     drawn = dict(seed=2**64 - 1, temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5)
     drawn |= dict(presence_penalty=-0.5, logprobs=3, target=-1) | place
     assert {name: entries[0][name] for name in entries.dtype.names or ()} == drawn
-    assert {name: entries[1][name] for name in entries.dtype.names or ()} == drawn | dict(
-        logprobs=4, target=17
-    )
+    assert {name: entries[1][name] for name in entries.dtype.names or ()} == drawn | dict(logprobs=4, target=17)
 
 
 def test_without_logprobs_none_are_reported() -> None:
     entry = np.zeros(1, struct_dtype("sampling"))[0]
     SamplingParams().resolve().fill(entry, index=0, history_start=0, history_length=0, prompt_length=0)
     assert entry["logprobs"] == -1
-    SamplingParams(logprobs=0).resolve().fill(
-        entry, index=0, history_start=0, history_length=0, prompt_length=0
-    )
+    SamplingParams(logprobs=0).resolve().fill(entry, index=0, history_start=0, history_length=0, prompt_length=0)
     assert entry["logprobs"] == 0
 
 
@@ -181,16 +175,7 @@ def test_anything_is_accepted_or_refused_in_one_line(values: dict[str, Any]) -> 
         assert any(f"sampling: {name}: must be" in str(error) for name in values)
         assert len(str(error)) < 300 and str(error).isprintable()
         return
-    assert (
-        0 <= params.temperature <= 100
-        and params.top_k >= 0
-        and 0 < params.top_p <= 1
-        and 0 <= params.min_p <= 1
-    )
-    assert (
-        0 < params.repetition_penalty <= 100
-        and abs(params.presence_penalty) <= 2
-        and 0 <= params.seed < 2**64
-    )
+    assert 0 <= params.temperature <= 100 and params.top_k >= 0 and 0 < params.top_p <= 1 and 0 <= params.min_p <= 1
+    assert 0 < params.repetition_penalty <= 100 and abs(params.presence_penalty) <= 2 and 0 <= params.seed < 2**64
     assert params.max_tokens is None or params.max_tokens > 0
     assert all(isinstance(text, str) and text for text in params.stop)

@@ -160,12 +160,8 @@ def bigger(rng: random.Random, held_out: bool) -> QA:
 
 
 QUIZZES: tuple[Quiz, ...] = (
-    addition,
-    addition,
-    subtraction,
-    counting,
-    neighbour,
-    bigger,
+    *(addition, addition, addition, subtraction, subtraction),  # what is hard to learn comes more often
+    *(counting, counting, neighbour, bigger, bigger),
     _table(
         OPPOSITES | {v: k for k, v in OPPOSITES.items() if v not in ("short",)},
         (
