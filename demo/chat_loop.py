@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from demo import report
-from demo.console import in_background, mutter, say, show
+from demo.console import in_background, mutter, on_interrupt, say, show
 from demo.options import system_message, template_variables
 from engine import LLM, Timings, UsageError
 from engine.sampler import ResolvedParams
@@ -73,8 +73,9 @@ class Chat:
     def turn(self, line: str) -> bool:
         """One message and its reply, of which all there is counts. Returns whether it came to its end."""
         try:
-            ids = self.encode(line)
-            completion = show(self.llm.stream(ids, self.params))
+            stream = self.llm.stream(self.encode(line), self.params)
+            with on_interrupt(stream.close):
+                completion = show(stream)
         except KeyboardInterrupt:
             return False
         except UsageError as error:

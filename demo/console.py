@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import queue
 import re
 import signal
 import sys
@@ -85,19 +84,23 @@ def in_background(work: Callable[[], T]) -> T:
     It runs in a thread of its own, so that this one answers Ctrl-C even while native code is busy or modules
     are imported; KeyboardInterrupt leaves it running.
     """
-    outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    results: list[T] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
 
     def run() -> None:
         try:
-            outcome.put((work(), None))
+            results.append(work())
         except BaseException as error:
-            outcome.put((None, error))
+            errors.append(error)
+        done.set()
 
     threading.Thread(target=run, name=BACKGROUND, daemon=True).start()
-    result, error = outcome.get()
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    while not done.wait(0.1):
+        pass  # Python misses a signal that comes just before a wait, until the next time it looks up
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def end_interrupted(status: int) -> int:
@@ -131,13 +134,12 @@ def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def show(stream: Stream) -> Completion:
-    """Writes the text as it comes, and a newline after it. Ctrl-C ends it; what there is so far is kept."""
-    with on_interrupt(stream.close):
-        try:
-            for piece in stream:
-                write(piece)
-        finally:
-            write("\n")
+    """Writes the text as it comes, and a newline after it."""
+    try:
+        for piece in stream:
+            write(piece)
+    finally:
+        write("\n")
     return stream.completion()
 
 

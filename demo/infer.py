@@ -19,6 +19,7 @@ from demo.console import (
     end_interrupted,
     in_background,
     mutter,
+    on_interrupt,
     open_streams,
     say,
     seen_together,
@@ -132,12 +133,13 @@ def complete(llm: LLM, params: ResolvedParams, options: argparse.Namespace, prom
         stream = in_background(lambda: llm.stream_chat(messages, params, **template_variables(options)))
     else:
         stream = in_background(lambda: llm.stream(prompt, params))
-    say(report.choices(llm, params, options, templated=templated))
-    if options.verbose:
-        say(report.details(llm))
-    if not templated and seen_together():  # then prompt and text read as one
-        mutter(prompt)
-    completion = show(stream)
+    with on_interrupt(stream.close):
+        say(report.choices(llm, params, options, templated=templated))
+        if options.verbose:
+            say(report.details(llm))
+        if not templated and seen_together():  # then prompt and text read as one
+            mutter(prompt)
+        completion = show(stream)
     if options.verbose:
         say(report.reply_details(llm, completion))
     if hint := report.full_context(llm, completion):

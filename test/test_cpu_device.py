@@ -64,7 +64,7 @@ def test_an_isa_that_is_not_there_is_refused(isas: list[str], monkeypatch: pytes
     with pytest.raises(UsageError, match="isa 'sse9': this machine has baseline, avx2"):
         cpu.choose_isa("auto")
     isas.clear()
-    with pytest.raises(RillError, match="have not been built: run `make native`, or use device='numpy'"):
+    with pytest.raises(RillError, match="the native libraries have not been built"):
         cpu.choose_isa("auto")
 
 

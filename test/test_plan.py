@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.abi import FLOAT32, fill_struct
-from engine.device import Cancelled, Device
+from engine.device import Cancelled, Device, TokenError
 from engine.errors import RillError, UsageError
 from engine.layer import Layer, plan_input
 from engine.ops.add_rmsnorm import AddRMSNorm
+from engine.ops.embedding import Embedding
 from engine.ops.matmul import Linear
 from engine.ops.rmsnorm import RMSNorm, rmsnorm
 from engine.ops.swiglu import SwiGLU, swiglu
@@ -94,6 +95,22 @@ def test_a_cancelled_replay_says_so_and_can_be_repeated() -> None:
         x.storage[:] = values
         plan.run()
         assert np.isfinite(device.download(out)).all()
+
+
+def test_nodes_after_a_failed_one_do_not_run() -> None:
+    for device in (*devices(), isa_pairs()[-1][1]):
+        embedding = Embedding(np.ones((4, 8), np.float32), device=device)
+        norm = RMSNorm(np.ones(8, np.float32), 1e-6, device=device)
+        device.load([embedding.table, norm.weight])
+        plan = Plan(device)
+        rows = plan_input(plan, np.array([2], np.int32), None, "rows")
+        token = plan_input(plan, np.array([1, 4], np.int32), rows, "token")
+        out = plan.keep(norm.record(embedding.record(token)))
+        plan.lower()
+        out.storage[...] = 7
+        with pytest.raises(TokenError, match="row 1 "):
+            plan.run()
+        assert (out.storage == 7).all(), device.description
 
 
 def test_a_plan_must_be_lowered_before_it_runs() -> None:
