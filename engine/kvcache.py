@@ -46,17 +46,19 @@ class KVCache:
         return int((~self.free).sum())
 
     def _next_page(self, previous: int) -> int:
-        """The page after `previous` if it is free, so that sequences lie in runs; else the start of the first run
-        with room for a whole sequence, or of the longest."""
-        if previous >= 0 and previous + 1 < len(self.free) and self.free[previous + 1]:
+        """The page after `previous` if it is free, so that sequences lie in runs; else the start of the lowest stretch
+        in which a whole sequence has room, or of the longest run."""
+        if 0 <= previous < len(self.free) - 1 and self.free[previous + 1]:
             return previous + 1
+        whole = self.page_table.shape[1]
+        stretches = self.free[: len(self.free) // whole * whole].reshape(-1, whole).all(axis=1)
+        if stretches.any():
+            return int(np.argmax(stretches)) * whole
         edges = np.flatnonzero(np.diff(np.concatenate([[False], self.free, [False]]).astype(np.int8)))
-        starts, ends = edges[::2], edges[1::2]
-        if not len(starts):
+        if not len(edges):
             raise RillError("the KV cache is full")
-        lengths = ends - starts
-        roomy = np.flatnonzero(lengths >= self.page_table.shape[1])
-        return int(starts[roomy[0] if len(roomy) else np.argmax(lengths)])
+        starts, ends = edges[::2], edges[1::2]
+        return int(starts[np.argmax(ends - starts)])
 
 
 def cache_tensors(count: int, pages: int, kv_heads: int, head_dim: int, dtype: np.dtype) -> list[Tensor]:

@@ -85,8 +85,16 @@ class Layer:
     def _compute(self, arrays: list[np.ndarray]) -> Any:
         self.device.load([w for w in self.weights() if w.storage is None])
         plan = Plan(self.device)
-        rows = plan_input(plan, np.array([len(arrays[0])], np.int32), None, "rows")
-        output = self.record(*(plan_input(plan, a, rows, f"input {i}") for i, a in enumerate(arrays)))
+        counts: dict[int, Tensor] = {}  # inputs of as many rows share their count, as those of a step do
+        inputs = []
+        for i, array in enumerate(arrays):
+            kind, shape = array.dtype.kind, array.shape
+            self.check(kind not in "iu" or array.dtype == np.int32, f"input {i}: {array.dtype}, expected int32")
+            self.check(kind != "f" or len(shape) > 1, f"input {i} of shape {shape}, expected [rows, width]")
+            if shape[0] not in counts:
+                counts[shape[0]] = plan_input(plan, np.array(shape[:1], np.int32), None, "rows")
+            inputs.append(plan_input(plan, array, counts[shape[0]], f"input {i}"))
+        output = self.record(*inputs)
         outputs = output if isinstance(output, tuple) else (output,)
         for tensor in outputs:
             plan.keep(tensor)
@@ -120,17 +128,17 @@ class Layer:
         """The plan that the inputs belong to."""
         plans = {t.plan for t in inputs if t.plan is not None}
         self.check(len(plans) == 1, f"inputs of {len(plans)} plans")
+        self.check(len({t.rows for t in inputs if t.rows}) <= 1, "inputs of different numbers of rows")
         return plans.pop()
 
 
 def plan_input(plan: Plan, array: np.ndarray, rows: Tensor | None, name: str) -> Tensor:
-    """A tensor that holds an array, for plans that are fed by hand."""
-    if array.dtype.kind == "f" and array.dtype != np.float64:
-        array = array.astype(np.float32)
-    tensor = Tensor(array.shape, array.dtype, name, plan, rows if array.shape[:1] == rows_of(rows) else None)
+    """A tensor that holds an array, for plans that are fed by hand: numbers as float32; five dimensions are pages
+    of keys and values, which may be bfloat16."""
+    pages = array.ndim == 5
+    if array.dtype in (np.float64, FLOAT16) or (array.dtype == BFLOAT16 and not pages):
+        array = array.astype(FLOAT32)
+    layout = "cache" if pages else "dense"
+    tensor = Tensor(array.shape, array.dtype, name, plan, None if pages else rows, layout=layout)
     plan.device.upload(tensor, array)
     return tensor
-
-
-def rows_of(rows: Tensor | None) -> tuple[int, ...]:
-    return () if rows is None else (int(rows.plan.device.download(rows)[0]),)  # type: ignore[union-attr]

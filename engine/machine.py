@@ -73,7 +73,13 @@ def _reclaimable() -> int:
 
 def peak_memory() -> int:
     """Peak resident bytes of this process."""
-    import resource
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource  # on Linux a child starts with its parent's figure here
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

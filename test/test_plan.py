@@ -6,18 +6,36 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import FLOAT32_LIMIT, assert_close, assert_same_bits, devices, isa_pairs, normal
+from harness import (
+    CACHE_DTYPES,
+    FLOAT32_LIMIT,
+    AttentionCase,
+    assert_close,
+    assert_same_bits,
+    devices,
+    error_limit,
+    exact_attention,
+    isa_pairs,
+    normal,
+    sequences,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.abi import FLOAT32, fill_struct
+from engine.abi import BFLOAT16, FLOAT32, fill_struct
 from engine.device import Cancelled, Device, TokenError
 from engine.errors import RillError, UsageError
-from engine.layer import Layer, plan_input
+from engine.kvcache import PAGE
+from engine.layer import Layer, matrix, plan_input
 from engine.ops.add_rmsnorm import AddRMSNorm
+from engine.ops.attention import MultiHeadAttention
 from engine.ops.embedding import Embedding
+from engine.ops.kv_store import KVStore
+from engine.ops.logits import Logits
 from engine.ops.matmul import Linear
 from engine.ops.rmsnorm import RMSNorm, rmsnorm
+from engine.ops.rope import RoPE
+from engine.ops.rope_angles import RoPEAngles
 from engine.ops.swiglu import SwiGLU, swiglu
 from engine.plan import Node, Op, Plan, Tensor, label_of, nbytes
 
@@ -255,6 +273,51 @@ def test_arrays_compute_at_once_and_stay_as_they_are() -> None:
         assert_same_bits(layer.forward(np.asfortranarray(values)), first, "any memory layout")
         half = values.astype(np.float16)
         assert_same_bits(layer.forward(half), layer.forward(half.astype(np.float32)), "float16 is widened")
+
+
+def test_any_float_is_taken_as_float32() -> None:
+    values = normal(np.random.default_rng(5), 3, 8)
+    for device in devices():
+        norm = RMSNorm(np.ones(8, np.float32), 1e-6, device=device)
+        for dtype in (np.float64, np.float16, BFLOAT16):
+            expected = norm.forward(values.astype(dtype).astype(np.float32))
+            assert_same_bits(norm.forward(values.astype(dtype)), expected, (device.description, dtype))
+
+
+def test_attention_over_a_plain_cache_computes_at_once() -> None:
+    """KVStore fills pages given as an array, MultiHeadAttention reads them; the array stays as it is."""
+    case = AttentionCase(4, 2, 24, (70,))
+    data = sequences(case)[0]
+    q, k, v = (x.reshape(70, -1) for x in (data.q, data.k, data.v))
+    pos, seq = np.arange(70, dtype=np.int32), np.zeros(70, np.int32)
+    for dtype in CACHE_DTYPES:
+        empty, table = np.zeros((3, 2, 2, PAGE, 24), dtype), np.array([[2, 0]], np.int32)
+        for device in devices():
+            kv = KVStore(device=device).forward(k, v, empty, pos, seq, table)
+            assert kv.dtype == dtype and not empty.astype(np.float32).any()
+            out = MultiHeadAttention(4, device=device).forward(q, kv, pos, seq, table)
+            exact, limit = exact_attention(case, data, dtype), error_limit(device, dtype)
+            assert_close(out, exact, limit, device.description)
+
+
+def test_logits_of_fewer_rows_than_there_are() -> None:
+    x, table = normal(np.random.default_rng(6), 5, 8), normal(np.random.default_rng(7), 20, 8)
+    for device in devices():
+        out = Logits(matrix("head", [table]), device=device).forward(x, np.array([4, 1], np.int32))
+        assert_close(out, x[[4, 1]].astype(np.float64) @ table.T, FLOAT32_LIMIT, device.description)
+
+
+def test_arrays_that_do_not_fit_each_other_are_refused() -> None:
+    for device in devices():
+        norm, rope = AddRMSNorm(np.ones(8, np.float32), 1e-6, "norm", device), RoPE("rope", device)
+        with pytest.raises(UsageError, match="norm: inputs of different numbers of rows"):
+            norm.forward(np.ones((5, 8), np.float32), np.ones((2, 8), np.float32))
+        with pytest.raises(UsageError, match="rope: inputs of different numbers of rows"):
+            rope.forward(np.ones((5, 8), np.float32), np.ones((2, 4), np.float32))
+        with pytest.raises(UsageError, match=r"norm: input 0 of shape \(8,\), expected \[rows, width\]"):
+            norm.forward(np.ones(8, np.float32), np.ones(8, np.float32))
+        with pytest.raises(UsageError, match="angles: input 0: int64, expected int32"):
+            RoPEAngles(np.ones(4), name="angles", device=device).forward(np.arange(3, dtype=np.int64))
 
 
 def test_a_layer_without_a_device_takes_the_best_one() -> None:

@@ -46,7 +46,7 @@ def choose_isa(wanted: str) -> tuple[str, str]:
     if family:
         return family[-1], why
     if wanted not in available:
-        raise UsageError(f"isa {wanted!r}: this machine has {', '.join(available)}")
+        raise UsageError(f"isa {wanted!r} ({why}): this machine has {', '.join(available)}")
     return wanted, why
 
 
@@ -57,7 +57,7 @@ def choose_threads(wanted: int | None) -> tuple[int, str]:
             raise UsageError(f"threads {wanted}: expected 1 to 1024")
         return wanted, "asked for"
     from_environment = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if from_environment.isdigit() and int(from_environment) > 0:
+    if from_environment.isdecimal() and int(from_environment) > 0:
         return min(int(from_environment), 1024), "from OMP_NUM_THREADS"
     return machine.available_cores(), "one a core"
 
@@ -78,7 +78,6 @@ class CPUDevice(Device):
         self.description = f"{isa}, {threads} threads"
         self.library = abi.open_library(isa)
         self.control = abi.ffi.new("struct control *")
-        self.pid = os.getpid()
 
     # Storage. A dense tensor's is an ndarray of its logical shape, any other's the bytes that the kernels read.
 
@@ -115,6 +114,7 @@ class CPUDevice(Device):
     def _pack(self, weight: Weight) -> None:
         from engine.layer import stored_dtype
 
+        check_not_forked()
         sources = abi.ffi.new("struct source[]", len(weight.sources))
         files: dict[Any, int] = {}
         keep_alive = []
@@ -221,13 +221,25 @@ class NativeProgram(Program):
 
     def run(self, first: int, last: int) -> None:
         device = self.device
-        if os.getpid() != device.pid:
-            raise RillError("this process was forked after the engine had started its threads: load the model in the "
-                            "child, or start it with the spawn method")  # fmt: skip
+        check_not_forked()
         status = device.library.plan_run(self.nodes + first, last - first, device.threads, device.control,
                                          self.scratch_pointer)  # fmt: skip
         if status:
             raise failure(status, device.control.detail)
+
+
+_thread_owner: int | None = None  # the process that has started OpenMP's threads
+
+
+def check_not_forked() -> None:
+    """Raises RillError in a child of a process that has used the engine: OpenMP would wait for ever for
+    threads that the child does not have, even with a device of its own."""
+    global _thread_owner
+    if _thread_owner is None:
+        _thread_owner = os.getpid()
+    if os.getpid() != _thread_owner:
+        raise RillError("this process was forked after the engine had started its threads: use the engine in the "
+                        "child only, or start it with the spawn method")  # fmt: skip
 
 
 def entry_type() -> Any:

@@ -56,7 +56,7 @@ class MultiHeadAttention(Layer):
         kv_heads, head_dim = kv.shape[2], kv.shape[4]
         self.check(self.heads % kv_heads == 0, f"{self.heads} heads do not divide by {kv_heads} KV heads")
         self.check(q.width == self.heads * head_dim, f"query width {q.width}, expected {self.heads * head_dim}")
-        plan = self.plan_of(q)
+        plan = self.plan_of(q, pos, seq)
         out = plan.new(q.width, q, f"{self.name}.out")
         plan.record(attention, self.name, q=q, kv=kv, pos=pos, seq=seq, page_table=page_table, out=out,
                     heads=self.heads, kv_heads=kv_heads, head_dim=head_dim, window=self.window or 0,

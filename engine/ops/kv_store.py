@@ -20,8 +20,8 @@ def kv_store(
     page_size = kv.shape[3]
     pages = page_table[seq, pos // page_size]
     kv[pages[pos % page_size == 0]] = 0  # a page is handed out when its first position is written
-    kv[pages, 0, :, pos % page_size] = k.reshape(len(k), -1, head_dim)
-    kv[pages, 1, :, pos % page_size] = v.reshape(len(v), -1, head_dim)
+    kv[pages, 0, :, pos % page_size] = k.reshape(len(k), kv.shape[2], head_dim)
+    kv[pages, 1, :, pos % page_size] = v.reshape(len(v), kv.shape[2], head_dim)
 
 
 class KVStore(Layer):
@@ -34,6 +34,6 @@ class KVStore(Layer):
     def record(self, k: Tensor, v: Tensor, kv: Tensor, pos: Tensor, seq: Tensor, page_table: Tensor) -> Tensor:
         heads, head_dim = kv.shape[2], kv.shape[4]
         self.check(k.width == v.width == heads * head_dim, f"widths {k.width} and {v.width}, cache {kv.shape}")
-        self.plan_of(k, v).record(kv_store, self.name, k=k, v=v, kv=kv, pos=pos, seq=seq, page_table=page_table,
-                                  head_dim=head_dim)  # fmt: skip
+        plan = self.plan_of(k, v, pos, seq)
+        plan.record(kv_store, self.name, k=k, v=v, kv=kv, pos=pos, seq=seq, page_table=page_table, head_dim=head_dim)
         return kv

@@ -9,7 +9,7 @@ from engine.plan import Tensor, op
 @op("x")
 def rope(x: np.ndarray, angles: np.ndarray) -> None:
     half = angles.shape[1] // 2
-    heads = x.reshape(len(x), -1, 2, half)
+    heads = x.reshape(len(x), x.shape[1] // (2 * half), 2, half)
     cosine, sine = angles[:, None, :half], angles[:, None, half:]
     first, second = heads[:, :, 0], heads[:, :, 1]
     rotated = np.stack([first * cosine - second * sine, second * cosine + first * sine], axis=2)
@@ -25,5 +25,5 @@ class RoPE(Layer):
 
     def record(self, x: Tensor, angles: Tensor) -> Tensor:
         self.check(x.width % angles.width == 0, f"width {x.width} is no multiple of head_dim {angles.width}")
-        self.plan_of(x).record(rope, self.name, x=x, angles=angles)
+        self.plan_of(x, angles).record(rope, self.name, x=x, angles=angles)
         return x

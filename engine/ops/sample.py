@@ -142,7 +142,7 @@ class Sample(Layer):
         self.check(vocab_size <= width, f"{width} logits for a vocabulary of {vocab_size}")
         self.check(sampling.dtype == struct_dtype("sampling"), f"sampling is {sampling.dtype}")
         self.check(history.dtype == INT32, f"history is {history.dtype}, expected int32")
-        plan = self.plan_of(logits, sampling, history)
+        plan = self.plan_of(logits, sampling)
         rows = logits.shape[0]
         self.check(sampling.shape == (rows,), f"sampling of shape {sampling.shape} for {rows} rows of logits")
 
