@@ -2,9 +2,10 @@
 
     python -m demo.benchmark MODEL -p 512 -n 64 -r 5 --isa avx512_bf16,avx2 -o json
 
-A prompt of P tokens is row `ppP`, N generated tokens are row `tgN`. Loading and text are not timed. The limit of
-generation, reading all weights once a token, is measured in the same run, round by round beside the figures: each
-share is the median over the rounds, so that a machine whose speed drifts does not bend it.
+A prompt of P tokens is row `ppP`, N generated tokens are row `tgN`; text is not timed. The limit of generation, reading
+all weights once a token, is measured in the same run, round by round beside the figures: each share is the median over
+the rounds, so that a machine whose speed drifts does not bend it. `--load` adds a row for loading, in bytes a second:
+its limit is reading the same file with as many threads into memory that is as fresh.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import argparse
 import json
 import statistics
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine import LLM, RillError, SamplingParams
+from engine.device.cpu import reserve
 from engine.plan import nbytes
 
 
 @dataclass
 class Row:
-    """One line of the table; rates in tokens a second, the limit in bytes a second."""
+    """One line of the table. Rates are in tokens a second, of loading and of limits in bytes a second."""
 
     model: str
     dtype: str
@@ -32,7 +38,7 @@ class Row:
     attention: str
     threads: int
     test: str
-    tokens_per_second: float
+    rate: float
     stddev: float
     limit: float | None = None
     limit_share: float | None = None
@@ -72,6 +78,37 @@ def bytes_per_token(llm: LLM, length: float) -> float:
     return weights + length * position * llm.config.num_hidden_layers
 
 
+def measure_load(options: argparse.Namespace, isa: str) -> Row:
+    """Loads the model and reads its files in turn."""
+    rates, limits = [], []
+    for _ in range(options.rounds + 1):
+        with open_model(options, isa) as llm:
+            rates.append(llm.runner.weight_bytes / llm.weights_seconds)
+            size, threads = llm.runner.weight_bytes, getattr(llm.device, "threads", 1)
+            files = {source.file for w in llm.runner.weights for source in w.sources if hasattr(source, "file")}
+        limits.append(read_files(sorted(files), threads))
+    shares = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
+    return row(llm, f"load {size / 1e6:.0f} MB", rates[1:], limits[1:], shares[1:])
+
+
+def read_files(files: list[Path], threads: int) -> float:
+    """Bytes a second of plain reads into fresh memory, each thread its part of every file."""
+
+    def read(file: Path, memory: np.ndarray, part: int) -> None:
+        begin, end = memory.nbytes * part // threads, memory.nbytes * (part + 1) // threads
+        with open(file, "rb", buffering=0) as stream:
+            stream.seek(begin)
+            while begin < end:
+                begin += stream.readinto(memory[begin : min(end, begin + (1 << 20))].data) or end
+
+    started = time.perf_counter()
+    fresh = [reserve(file.stat().st_size) for file in files]
+    with ThreadPoolExecutor(threads) as pool:
+        for file, memory in zip(files, fresh, strict=True):
+            list(pool.map(lambda part, f=file, m=memory: read(f, m, part), range(threads)))
+    return sum(memory.nbytes for memory in fresh) / (time.perf_counter() - started)
+
+
 def row(llm: LLM, test: str, rates: list[float], limits: Any = None, shares: Any = None) -> Row:
     device: Any = llm.device
     return Row(
@@ -82,14 +119,15 @@ def row(llm: LLM, test: str, rates: list[float], limits: Any = None, shares: Any
     )  # fmt: skip
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["| model | dtype | isa | threads | test | tokens/s | read limit | share |", "|---" * 8 + "|"]
-    for r in rows:
-        limit = f"{r.limit / 1e9:.1f} GB/s" if r.limit else ""
-        share = f"{r.limit_share:.1%}" if r.limit_share else ""
-        rate = f"{r.tokens_per_second:.2f} ± {r.stddev:.2f}"
-        lines.append(f"| {r.model} | {r.dtype} | {r.isa} | {r.threads} | {r.test} | {rate} | {limit} | {share} |")
-    return "\n".join(lines)
+HEAD = "| model | dtype | isa | threads | test | rate | limit | share |\n" + "|---" * 8 + "|"
+
+
+def line(r: Row) -> str:
+    limit = f"{r.limit / 1e9:.2f} GB/s" if r.limit else ""
+    share = f"{r.limit_share:.1%}" if r.limit_share else ""
+    scale, unit = (1e9, "GB/s") if r.test.startswith("load") else (1, "tokens/s")
+    rate = f"{r.rate / scale:.2f} ± {r.stddev / scale:.2f} {unit}"
+    return f"| {r.model} | {r.dtype} | {r.isa} | {r.threads} | {r.test} | {rate} | {limit} | {share} |"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -103,6 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--load", action="store_true", help="time loading too")
     parser.add_argument("-o", "--output", choices=["md", "json"], default="md")
     options = parser.parse_args(arguments)
     if min(options.prompt_len, options.gen_len, options.rounds) < 1:
@@ -110,20 +149,36 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def open_model(options: argparse.Namespace, isa: str) -> LLM:
+    return LLM(options.model, device=options.device, isa=isa, dtype=options.dtype, kv_dtype=options.kv_dtype,
+               threads=options.threads, max_batch=1,
+               max_seq_len=options.prompt_len + options.gen_len + 1)  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> Iterator[Row]:
+    for isa in options.isa.split(","):
+        if options.load:
+            yield measure_load(options, isa)
+        with open_model(options, isa) as llm:
+            print(llm.device.description, file=sys.stderr)
+            yield from measure(llm, options.prompt_len, options.gen_len, options.rounds)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     rows: list[Row] = []
     try:
-        for isa in options.isa.split(","):
-            with LLM(options.model, device=options.device, isa=isa, dtype=options.dtype, kv_dtype=options.kv_dtype,
-                     threads=options.threads, max_batch=1,
-                     max_seq_len=options.prompt_len + options.gen_len + 1) as llm:  # fmt: skip
-                print(f"{llm.device.description}; loaded in {llm.load_seconds:.1f} s", file=sys.stderr)
-                rows += measure(llm, options.prompt_len, options.gen_len, options.rounds)
+        if options.output == "md":
+            print(HEAD)
+        for r in run(options):
+            rows.append(r)
+            if options.output == "md":
+                print(line(r), flush=True)
     except RillError as error:
         print(f"demo.benchmark: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    print(json.dumps([asdict(r) for r in rows], indent=2) if options.output == "json" else table(rows))
+    if options.output == "json":
+        print(json.dumps([asdict(r) for r in rows], indent=2))
     return 0
 
 

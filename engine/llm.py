@@ -70,7 +70,9 @@ class LLM:
         self.runner = Runner(self.config, checkpoint, self.device, dtype=dtype, kv_dtype=kv_dtype,
                              max_seq_len=self.max_seq_len, max_batch=max_batch,
                              vocab_size=self._vocab_size())  # fmt: skip
+        started_reading = time.perf_counter()
         self.runner.load(progress)
+        self.weights_seconds = time.perf_counter() - started_reading
         checkpoint.finish(ignore=checkpoint.tensors)
         self._scheduler = Scheduler(self.runner, max_batch)
         # Dropping the last reference ends the engine thread; so does leaving the interpreter, before memory goes.

@@ -61,7 +61,7 @@ def test_an_isa_that_is_not_there_is_refused(isas: list[str], monkeypatch: pytes
         with pytest.raises(UsageError, match=rf"isa '{wanted}' \(asked for\): this machine has baseline, avx2"):
             cpu.choose_isa(wanted)
     monkeypatch.setenv("RILL_ISA", "sse9")
-    with pytest.raises(UsageError, match="isa 'sse9': this machine has baseline, avx2"):
+    with pytest.raises(UsageError, match=r"isa 'sse9' \(from RILL_ISA\): this machine has baseline, avx2"):
         cpu.choose_isa("auto")
     isas.clear()
     with pytest.raises(RillError, match="the native libraries have not been built"):

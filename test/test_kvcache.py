@@ -43,6 +43,16 @@ def test_growing_keeps_what_is_held_and_runs_on() -> None:
     assert pages_of(cache, 0)[0] == first[0] and cache.used_pages() == 8
 
 
+def test_sequences_that_grow_together_lie_in_runs_of_their_own() -> None:
+    cache = make_cache()
+    for length in range(1, 4 * PAGE + 1, 7):
+        for slot in (2, 0, 1):
+            cache.reserve(slot, length)
+    for slot in range(3):
+        pages = pages_of(cache, slot)
+        assert pages == list(range(pages[0], pages[0] + 4))
+
+
 def test_a_shorter_length_keeps_its_pages_and_frees_the_rest() -> None:
     cache = make_cache()
     cache.reserve(0, 200)

@@ -29,11 +29,12 @@ from tools.train_tokenizer import TRAINERS
 from tools.warm_start import warm_start
 
 STEP_TOKENS = 2048
-# Recall is learned sooner and cheaper in short rows; long ones then teach it over the whole context.
-ROW_LENGTHS, LATE_ROW_LENGTHS, LATE_SHARE = (256,), (256, 512, 256, CONTEXT), 0.4
+# Short rows are cheaper and teach recall sooner; some long ones then teach it over the whole context.
+ROW_LENGTHS, LATE_ROW_LENGTHS, LATE_SHARE = (256, 512), (512, 512, 512, CONTEXT), 0.4
 FINAL_SHARE, WARM_UP_STEPS = 0.05, 100  # of the learning rate
 WEIGHT_DECAY, CLIP_NORM, BETAS = 0.1, 1.0, (0.9, 0.98)
-CHECKPOINT_SECONDS, REPORT_STEPS, EVALUATE_STEPS = 90, 50, 500
+GAIN_RATE = 8  # learning rate of the norms' gains: those on queries and keys bound how sharp attention can be
+CHECKPOINT_SECONDS, REPORT_STEPS, EVALUATE_STEPS = 60, 50, 500
 EVALUATE_CHATS = 60
 SHAPE = {
     "vocab_size": 1536,
@@ -141,8 +142,9 @@ class Training:
         count = STEP_TOKENS // length // self.workers
         rows = pack_rows(self.encoder, f"train/{self.step}/{self.worker}", count, length)
         ids, labels = (torch.from_numpy(array) for array in rows)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.peak)
+        rate = learning_rate(self.step, self.steps, self.peak)
+        for group, share in zip(self.optimizer.param_groups, (1, GAIN_RATE), strict=True):
+            group["lr"] = rate * share
         loss = loss_of(self.model, ids, labels)
         loss.backward()
         self._average_gradients()
