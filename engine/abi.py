@@ -30,7 +30,7 @@ FLOAT16 = np.dtype(np.float16)
 def _header() -> str:
     """abi.h: in native/ in a checkout, beside the libraries where the package is installed."""
     checkout = Path(__file__).parent.parent / "native" / "abi.h"
-    return (checkout if checkout.exists() else LIBRARIES / "abi.h").read_text()
+    return (checkout if checkout.exists() else LIBRARIES / "abi.h").read_text("utf-8")
 
 
 ffi = cffi.FFI()
@@ -52,7 +52,7 @@ def struct_dtype(name: str) -> np.dtype:
 def why_no_libraries() -> str:
     """The reason why there are none to open, as the installation noted it."""
     note = LIBRARIES / "why_no_native.txt"
-    return note.read_text().strip() if note.exists() else "the native libraries have not been built (`make native`)"
+    return note.read_text("utf-8").strip() if note.exists() else "the native libraries have not been built (`make native`)"
 
 
 def open_library(isa: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 ATTENTION_KINDS = ("auto", "standard")
 DTYPES = ("auto", "float32")
+PATIENCE = 0.1  # seconds: an unbounded wait would miss a Ctrl-C that comes just before it
 Prompt = str | Sequence[int]
 
 
@@ -160,7 +162,8 @@ class LLM:
         self._scheduler.submit(requests)
         try:
             for request in requests:
-                request.done.wait()
+                while not request.done.wait(PATIENCE):
+                    pass
         except BaseException:
             self._scheduler.cancel(requests)
             raise
@@ -216,14 +219,19 @@ class Stream(Iterator[str]):
         scheduler.submit([request])
 
     def __next__(self) -> str:
-        if self._request.done.is_set() and self._request.pieces.empty():
-            self._raise_error()
-            raise StopIteration
-        piece = self._request.pieces.get()
+        piece = self._next_piece()
         if piece is None:
             self._raise_error()
             raise StopIteration
         return piece
+
+    def _next_piece(self) -> str | None:
+        while not (self._request.done.is_set() and self._request.pieces.empty()):
+            try:
+                return self._request.pieces.get(timeout=PATIENCE)
+            except queue.Empty:
+                continue
+        return None
 
     def _raise_error(self) -> None:
         if self._request.error is not None:

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "native.h"
+#include "simd.h"
 
 static int64_t element_bytes(int32_t dtype) { return dtype == DTYPE_F32 ? 4 : 2; }
 
@@ -68,27 +68,15 @@ static float read_element(const char *at, int32_t dtype)
     return dtype == DTYPE_BF16 ? bf16_to_f32(half) : f16_to_f32(half);
 }
 
-/* Moves bits from full rows: units of 4 bytes, a float or a pair of bf16, BLOCK of each row at a time, so that the
- * lines being written stay in the first cache. */
+/* Moves bits from full rows: units of 4 bytes, a float or a pair of bf16. */
 static void pack_units(const struct panel_rows *rows, int64_t units, char *panel)
 {
-    enum { BLOCK = 16 };
-    for (int64_t u = 0; u < units; u += BLOCK) {
-        uint32_t block[PANEL][BLOCK] = {{0}};
-        int64_t here = min_i64(BLOCK, units - u);
+    int64_t u = 0;
+    for (; u + PANEL <= units; u += PANEL)
+        transpose_units(rows->data, u * 4, (uint32_t *)panel + u * PANEL);
+    for (; u < units; u++)
         for (int lane = 0; lane < PANEL; lane++)
-            memcpy(block[lane], rows->data[lane] + u * 4, here == BLOCK ? sizeof block[lane] : (size_t)here * 4);
-        uint32_t *out = (uint32_t *)panel + u * PANEL;
-        if (here == BLOCK) {
-            for (int i = 0; i < BLOCK; i++)
-                for (int lane = 0; lane < PANEL; lane++)
-                    out[i * PANEL + lane] = block[lane][i];
-        } else {
-            for (int i = 0; i < here; i++)
-                for (int lane = 0; lane < PANEL; lane++)
-                    out[i * PANEL + lane] = block[lane][i];
-        }
-    }
+            memcpy(panel + (u * PANEL + lane) * 4, rows->data[lane] + u * 4, 4);
 }
 
 /* Any row, element by element: kept as it is stored, or widened to f32. */

@@ -42,6 +42,35 @@ INLINE vec line_odd(const void *p)
 }
 INLINE float vec_reduce_add(vec x) { return _mm512_reduce_add_ps(x); }
 INLINE float vec_reduce_max(vec x) { return _mm512_reduce_max_ps(x); }
+/* The 16 × 16 matrix of 4-byte units at byte `at` of 16 rows, turned: out[i] is column i. */
+INLINE void transpose_units(const char *const row[PANEL], int64_t at, uint32_t *out)
+{
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        r[i] = _mm512_loadu_si512(row[i] + at);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) { /* r[i + c], 128-bit lane l: column 4l + c of rows i to i + 3 */
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        __m512i low = _mm512_shuffle_i32x4(r[c], r[c + 4], 0x44), low2 = _mm512_shuffle_i32x4(r[c + 8], r[c + 12], 0x44);
+        __m512i high = _mm512_shuffle_i32x4(r[c], r[c + 4], 0xee), high2 = _mm512_shuffle_i32x4(r[c + 8], r[c + 12], 0xee);
+        _mm512_storeu_si512(out + c * PANEL, _mm512_shuffle_i32x4(low, low2, 0x88));
+        _mm512_storeu_si512(out + (4 + c) * PANEL, _mm512_shuffle_i32x4(low, low2, 0xdd));
+        _mm512_storeu_si512(out + (8 + c) * PANEL, _mm512_shuffle_i32x4(high, high2, 0x88));
+        _mm512_storeu_si512(out + (12 + c) * PANEL, _mm512_shuffle_i32x4(high, high2, 0xdd));
+    }
+}
 #if defined(__AVX512BF16__)
 #define BF16_DOT 1
 /* acc + the products of the bf16 pairs in w and x. The accumulator is tied to its register: gcc 12 spills it else. */
@@ -80,6 +109,36 @@ INLINE vec line_even(const void *p) { return _mm256_castsi256_ps(_mm256_slli_epi
 INLINE vec line_odd(const void *p)
 {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(p), _mm256_set1_epi32((int)0xffff0000)));
+}
+INLINE void transpose_units_8x8(const char *const row[8], int64_t at, uint32_t *out)
+{
+    __m256i r[8], t[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        r[i] = _mm256_loadu_si256((const __m256i *)(row[i] + at));
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        _mm256_storeu_si256((__m256i *)(out + c * PANEL), _mm256_permute2x128_si256(r[c], r[c + 4], 0x20));
+        _mm256_storeu_si256((__m256i *)(out + (4 + c) * PANEL), _mm256_permute2x128_si256(r[c], r[c + 4], 0x31));
+    }
+}
+INLINE void transpose_units(const char *const row[PANEL], int64_t at, uint32_t *out)
+{
+    for (int i = 0; i < PANEL; i += 8)
+        for (int j = 0; j < PANEL; j += 8)
+            transpose_units_8x8(row + i, at + j * 4, out + j * PANEL + i);
 }
 
 #else /* portable C: compilers make SSE2, NEON or whatever they know out of these loops */
@@ -133,6 +192,12 @@ INLINE vec line_odd(const void *p)
     vec out;
     memcpy(&out, w, sizeof out);
     return out;
+}
+INLINE void transpose_units(const char *const row[PANEL], int64_t at, uint32_t *out)
+{
+    for (int lane = 0; lane < PANEL; lane++)
+        for (int i = 0; i < PANEL; i++)
+            memcpy(out + i * PANEL + lane, row[lane] + at + i * 4, 4);
 }
 #undef EACH
 #endif

@@ -277,7 +277,7 @@ def check_refusal(result: Result, status: int, *fragments: str) -> None:
         (["-c", "3"], "4 tokens, the context 3"),
         (["-t", "0"], "--threads 0"),
         (["-t", "100000"], "--threads 100000"),
-        (["--isa", "mmx"], "--isa 'mmx': this machine has"),
+        (["--isa", "mmx"], "--isa 'mmx' (asked for): this machine has"),
         (["--device", "tpu"], "--device 'tpu'"),
         (["--dtype", "int3"], "--dtype 'int3'"),
         (["--kv-dtype", "int3"], "--kv-dtype 'int3'"),

@@ -36,7 +36,7 @@ def choose_isa(wanted: str) -> tuple[str, str]:
     """The ISA to open and why. "avx512" means the best of its family, RILL_ISA stands below an explicit choice."""
     why = "asked for"
     if wanted == "auto":
-        wanted, why = os.environ.get("RILL_ISA", "auto"), "from RILL_ISA"
+        wanted, why = os.environ.get("RILL_ISA") or "auto", "from RILL_ISA"
     available = available_isas()
     if not available:
         raise RillError(f"no cpu device: {abi.why_no_libraries()}; device='numpy' runs without")
