@@ -29,7 +29,7 @@ from tokenizers import Tokenizer as Library
 
 from engine.errors import RillError, UsageError
 from engine.text import tiktoken
-from engine.text.json_vocab import byte_alphabet
+from engine.text.json_vocab import LONG_TEXT, byte_alphabet
 from engine.text.tokenizer import load_tokenizer
 
 TEXTS = ["Once upon a time, 1234567 stones.", "don't \n\n  stop", "你好 👩\u200d👧 Cafe\u0301", " a", ""]
@@ -425,3 +425,10 @@ def test_unknown_words_do_not_count_as_control_tokens() -> None:
         library = Library.from_str(data())
         assert loaded(data.__wrapped__.__name__).encode("zebra\u0416") == library.encode("zebra\u0416").ids
         assert library.token_to_id(token) in library.encode("zebra\u0416").ids
+
+
+def test_a_long_text_is_encoded_as_a_short_one(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write(tmp_path, qwen()))
+    text = "a stone, " * 3000
+    assert len(text) > LONG_TEXT
+    assert tokenizer.encode(text) == Library.from_str(qwen()).encode(text, add_special_tokens=False).ids

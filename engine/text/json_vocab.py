@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 CONTEXT_TOKENS = 8  # of a prompt, as the window's beginning, when text continues it
+LONG_TEXT = 20_000  # characters: from here on encoding takes tens of milliseconds
 
 
 class JsonVocab:
@@ -75,6 +76,8 @@ class JsonVocab:
 
     @staticmethod
     def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+        if len(text) > LONG_TEXT:  # a batch lets other threads run meanwhile, Ctrl-C's among them
+            return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _prefix(self) -> list[int]:
