@@ -52,7 +52,9 @@ def struct_dtype(name: str) -> np.dtype:
 def why_no_libraries() -> str:
     """The reason why there are none to open, as the installation noted it."""
     note = LIBRARIES / "why_no_native.txt"
-    return note.read_text("utf-8").strip() if note.exists() else "the native libraries have not been built (`make native`)"
+    if not note.exists():
+        return "the native libraries have not been built (`make native`)"
+    return note.read_text("utf-8").strip()
 
 
 def open_library(isa: str) -> Any:

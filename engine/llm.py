@@ -111,9 +111,8 @@ class LLM:
         Raises UsageError for a prompt that cannot be, RillError when the model's logits are not finite. Interrupting
         the call cancels its requests.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and not isinstance(prompts[0], (str, list, tuple)))
-        batch = [prompts] if single else prompts
-        requests = [self._request(prompt, params) for prompt in batch]  # type: ignore[arg-type]
+        single = _is_one_prompt(prompts)
+        requests = [self._request(prompt, params) for prompt in ([prompts] if single else prompts)]  # type: ignore
         completions = self._run(requests)
         return completions[0] if single else completions
 
@@ -138,7 +137,7 @@ class LLM:
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
         """The token ids of a conversation, up to where the reply begins."""
-        return self._need_tokenizer().encode_chat([dict(m) for m in messages], **template)
+        return self._need_tokenizer().encode_chat(_messages(messages), **template)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 [len(token_ids), vocab_size]: the scores of what follows each token."""
@@ -159,8 +158,8 @@ class LLM:
     # Requests.
 
     def _run(self, requests: list[Request]) -> list[Completion]:
-        self._scheduler.submit(requests)
         try:
+            self._scheduler.submit(requests)
             for request in requests:
                 while not request.done.wait(PATIENCE):
                     pass
@@ -173,6 +172,8 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None, want_logits: bool = False, reply: bool = False
     ) -> Request:
         """A request for what continues a prompt, or for a reply, which begins a text of its own."""
+        if not isinstance(params, SamplingParams | None):
+            raise UsageError(f"params: expected SamplingParams, found {type(params).__name__}")
         resolved = (params or SamplingParams()).resolve(self.generation_config)
         ids = self._encode(prompt)
         room = self.max_seq_len - len(ids)
@@ -193,7 +194,7 @@ class LLM:
             if not ids and tokenizer.bos_id is not None:
                 ids = [tokenizer.bos_id]
         else:
-            ids = [int(token) for token in prompt]
+            ids = _token_ids(prompt)
         if not ids:
             raise UsageError("the prompt is empty, and the model has no token to begin a text with")
         return [self.check_token(token) for token in ids]
@@ -260,6 +261,35 @@ def _find_tokenizer(given: str | Path | None, directory: Path) -> tuple[Tokenize
     if not any((directory / name).exists() for name in files):
         return None, f"{directory} has no {' or '.join(files)}"
     return load_tokenizer(directory), ""
+
+
+def _is_one_prompt(prompts: object) -> bool:
+    """A text or ids, as against a list of prompts."""
+    if isinstance(prompts, str):
+        return True
+    if isinstance(prompts, bytes) or not isinstance(prompts, (Sequence, np.ndarray)):
+        raise UsageError(f"prompts: expected a text, token ids or a list of them, found {type(prompts).__name__}")
+    return len(prompts) > 0 and isinstance(prompts[0], (int, float, np.number))
+
+
+def _token_ids(prompt: object) -> list[int]:
+    """Plain integers of any sequence of integers."""
+    if isinstance(prompt, bytes) or not isinstance(prompt, (Sequence, np.ndarray)):
+        raise UsageError(f"a prompt is a text or a list of token ids, found {type(prompt).__name__}")
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise UsageError(f"a prompt is a text or a list of token ids, found {type(token).__name__} in it")
+    return [int(token) for token in prompt]
+
+
+def _messages(messages: object) -> list[dict[str, Any]]:
+    """A conversation as plain dictionaries."""
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+        raise UsageError(f"messages: expected a list, found {type(messages).__name__}")
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise UsageError(f"messages: expected mappings with role and content, found {type(message).__name__}")
+    return [dict(message) for message in messages]
 
 
 def _choice(name: str, value: str, allowed: Sequence[str]) -> None:

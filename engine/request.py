@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from engine.errors import RillError
 from engine.runner import Sampled, Want
 from engine.sampler import ResolvedParams
 
@@ -31,7 +33,7 @@ class Timings:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the cache
-    generated_tokens: int = 0
+    generated_tokens: int = 0  # the one that ended the text included
     prompt_seconds: float = 0.0  # from the first step to the first token
     generate_seconds: float = 0.0  # from the first token to the last
     first_token_seconds: float = 0.0  # from the call
@@ -100,19 +102,28 @@ class Request:
     def generated(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
 
-    def wants(self, count: int, first_row: int) -> Iterator[Want]:
-        """What this request wants of its next `count` tokens, which stand in the step from `first_row` on."""
-        for i in range(count):
-            position = self.computed + i
-            if position + 1 == len(self.tokens) and not self.want_logits:
-                yield Want(first_row + i, self._fill, self._accept_token)
-            elif self.want_logits:
-                yield Want(first_row + i, lambda entry: self._fill(entry, 0), self._accept_logits, keep_logits=True)
-            elif self.needs_every_row and position + 1 < len(self.prompt):
-                yield self._prompt_want(first_row + i, self.prompt[position + 1])
+    @property
+    def is_sound(self) -> bool:
+        """Whether logits have shown that what this request put into the cache is finite."""
+        return self.error is None and (self.first_token > 0 or self.want_logits)
 
-    def _prompt_want(self, row: int, target: int) -> Want:
-        return Want(row, lambda entry: self._fill(entry, target), self._accept_prompt_logprob)
+    def wants(self, tokens: Sequence[int], first_row: int) -> Iterator[Want]:
+        """What this request wants of its next tokens, which stand in the step from `first_row` on."""
+        for row, position in enumerate(range(self.computed, self.computed + len(tokens)), first_row):
+            if self.want_logits:
+                yield Want(row, lambda entry: self._fill(entry, 0), partial(self._guard, self._accept_logits), True)
+            elif position + 1 == len(self.tokens):
+                yield Want(row, self._fill, partial(self._guard, self._accept_token))
+            elif self.needs_every_row and position + 1 < len(self.prompt):
+                prepare = partial(self._fill, target=self.prompt[position + 1])
+                yield Want(row, prepare, partial(self._guard, self._accept_prompt_logprob))
+
+    def _guard(self, accept: Callable[[Sampled], None], sampled: Sampled) -> None:
+        """Whatever goes wrong with one request's result is its own: the others in the step go on."""
+        try:
+            accept(sampled)
+        except BaseException as error:
+            self.fail(error)
 
     def _fill(self, entry: Any, target: int | None = None) -> None:
         self.params.fill(entry, index=len(self.tokens) - len(self.prompt), history_start=self.history_start,
@@ -154,12 +165,22 @@ class Request:
             self.text.append(text)
             self.pieces.put(text)
 
+    def fail(self, error: BaseException) -> None:
+        """Notes what went wrong; the first error stays."""
+        if self.error is None:
+            self.error = error if isinstance(error, Exception) else RillError(f"{type(error).__name__}: {error}")
+        self.finish_reason = "cancelled"
+
     def finish(self) -> None:
         """Wakes those who wait. Text that was held back comes out."""
-        if self.decoder is not None and not self.decoder.finished:
-            self.put(self.decoder.flush())
-        self.pieces.put(None)
-        self.done.set()
+        try:
+            if self.decoder is not None and not self.decoder.finished and self.error is None:
+                self.put(self.decoder.flush())
+        except BaseException as error:
+            self.fail(error)
+        finally:
+            self.done.set()
+            self.pieces.put(None)
 
     def completion(self) -> Completion:
         """The result. Raises what went wrong."""
@@ -170,7 +191,7 @@ class Request:
             ids = ids[:-1]
         return Completion(
             "".join(self.text), ids, self.finish_reason or "cancelled", self.prompt, self.params.seed, self.timings,
-            self.logprobs if self.params.logprobs is not None else None,
+            self.logprobs[: len(ids)] if self.params.logprobs is not None else None,
             self.prompt_logprobs if self.params.prompt_logprobs is not None else None,
         )  # fmt: skip
 

@@ -96,6 +96,7 @@ class Runner:
         inputs = self.step.tensors
         self.logits = self.plan.keep(self.model.record(self.step, self.layers))
         self.head = len(self.plan.nodes) - 1  # from here on a replay may be repeated for more rows of logits
+        self.plan.keep(self.plan.nodes[self.head].tensors["x"])
         sample = Sample(vocab_size, name="sample", device=self.device)
         self.sampled = sample.record(self.logits, inputs["sampling"], inputs["history"])
         for tensor in self.sampled:
@@ -176,20 +177,18 @@ class Runner:
         start = slot * self.step.history_length + position
         self.step.arrays["history"][start : start + len(tokens)] = tokens
 
-    def first_not_finite(self, row: int) -> str:
-        """Replays the last step node by node; names the first node whose output for this row of the step is not
-        finite."""
+    def first_not_finite(self, rows: range) -> str:
+        """Replays the last step node by node; names the first node whose output for these rows is not finite."""
         for i, node in enumerate(self.plan.nodes[: self.head + 1]):
             self.plan.run(i, i + 1)
-            for tensor in node.written:
-                if self._not_finite(tensor, row):
-                    return label_of(self.plan.nodes, i)
+            if any(self._not_finite(tensor, rows) for tensor in node.written):
+                return label_of(self.plan.nodes, i)
         return "no node: it did not happen again"
 
-    def _not_finite(self, tensor: Tensor, row: int) -> bool:
+    def _not_finite(self, tensor: Tensor, rows: range) -> bool:
         if tensor.rows is not self.step.tensors["rows"]:
             return tensor is self.logits
-        return not np.isfinite(self.device.download(tensor)[row]).all()
+        return not np.isfinite(self.device.download(tensor)[rows.start : rows.stop]).all()
 
 
 def kv_dtype_names() -> list[str]:

@@ -7,11 +7,27 @@ import os
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from engine.device import Cancelled, NotFiniteError
 from engine.errors import RillError
 from engine.request import Request
-from engine.runner import Runner, Segment, Want
+from engine.runner import Runner, Segment
+
+SMALLEST_BUDGET = 16  # rows of a step after it has been stopped again and again
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a request has in a step: its next tokens, which stand in the step from `first_row` on."""
+
+    request: Request
+    segment: Segment
+    first_row: int
+
+    @property
+    def rows(self) -> range:
+        return range(self.first_row, self.first_row + len(self.segment.tokens))
 
 
 class Scheduler:
@@ -22,8 +38,9 @@ class Scheduler:
         self.runner = runner
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.cached: list[list[int]] = [[] for _ in range(max_batch)]  # tokens of each slot that nobody holds
+        self.cached: list[list[int]] = [[] for _ in range(max_batch)]  # what a free slot holds
         self.free_slots = set(range(max_batch))
+        self.budget = runner.max_rows  # rows of the next step
         self.changed = threading.Condition()
         self.closed = False
         self.pid = os.getpid()
@@ -43,22 +60,20 @@ class Scheduler:
             self.changed.notify()
 
     def cancel(self, requests: list[Request]) -> None:
-        """Ends requests at once, wherever they are. Others go on unharmed."""
+        """Ends requests at once, wherever they are; others go on unharmed. Takes no lock: signal handlers call it."""
         for request in requests:
             request.cancelled = True  # before the flag: the engine clears the flag first, then looks for these
         self.runner.device.cancel(True)
-        with self.changed:
-            self.changed.notify()
 
     def close(self) -> None:
         """Cancels all requests and waits for the engine thread to end."""
+        if os.getpid() != self.pid:
+            return  # a forked child has no engine thread, and perhaps a lock that nobody will release
         with self.changed:
             self.closed = True
-            for request in [*self.waiting, *self.running]:
-                request.cancelled = True
             self.changed.notify()
         self.runner.device.cancel(True)
-        if os.getpid() == self.pid:
+        if threading.current_thread() is not self.thread:
             self.thread.join()
 
     # The engine thread.
@@ -67,9 +82,12 @@ class Scheduler:
         while self._wait():
             try:
                 self._step()
+                self.budget = self.runner.max_rows
             except Cancelled:
-                continue  # the step did not happen; it is formed anew without those who left
-            except Exception as error:  # whatever it is, callers must not wait for ever
+                # The step did not happen; it is formed anew without those who left. It gets smaller each time, so
+                # that requests which come and go cannot keep a long prompt from ever being read.
+                self.budget = max(SMALLEST_BUDGET, len(self.cached), self.budget // 2)
+            except BaseException as error:  # whatever it is, callers must not wait for ever
                 self._fail(list(self.running), error)
 
     def _wait(self) -> bool:
@@ -83,79 +101,86 @@ class Scheduler:
         self._admit()
         if not self.running:
             return
-        segments, wants, owners = self._compose()
+        parts = self._compose()
+        wants = [want for part in parts for want in part.request.wants(part.segment.tokens, part.first_row)]
         try:
-            self.runner.run(segments, wants)
+            self.runner.run([part.segment for part in parts], wants)
         except NotFiniteError as error:
-            row = wants[error.row].row
-            where = self.runner.first_not_finite(row)
-            self._fail([owners[row]], RillError(f"the logits are not finite; first seen at {where}"))
+            self._blame(next(part for part in parts if wants[error.row].row in part.rows))
             return
-        for segment in segments:
-            request = next(r for r in self.running if r.slot == segment.slot)
-            request.computed += len(segment.tokens)
+        for part in parts:
+            request = part.request
+            request.computed += len(part.segment.tokens)
             self.runner.write_history(request.slot, request.computed, request.tokens[request.computed :])
             if request.want_logits and request.computed == len(request.tokens):
                 request.finish_reason = "stop"
         self._release([r for r in self.running if r.finish_reason])
 
-    def _compose(self) -> tuple[list[Segment], list[Want], dict[int, Request]]:
-        """The next step: a row for each sequence that generates, the rest for prompts in order of arrival. Returns
-        whose each row is, too."""
-        left = self.runner.max_rows
-        segments: list[Segment] = []
-        wants: list[Want] = []
-        owners: dict[int, Request] = {}
+    def _compose(self) -> list[Part]:
+        """The next step: a row for each sequence that generates, the rest for prompts in order of arrival."""
+        parts: list[Part] = []
+        rows = 0
         for request in sorted(self.running, key=lambda r: len(r.tokens) - r.computed > 1):
-            tokens = request.tokens[request.computed : request.computed + left]
-            if not tokens:
-                break
-            first_row = self.runner.max_rows - left
-            wants += request.wants(len(tokens), first_row)
-            segments.append(Segment(request.slot, request.computed, tokens))
-            owners.update((first_row + i, request) for i in range(len(tokens)))
-            left -= len(tokens)
-        return segments, wants, owners
+            tokens = request.tokens[request.computed : request.computed + self.budget - rows]
+            if tokens:
+                parts.append(Part(request, Segment(request.slot, request.computed, tokens), rows))
+                rows += len(tokens)
+        return parts
 
     def _admit(self) -> None:
-        while self.free_slots:
-            with self.changed:
-                if not self.waiting:
-                    return
-                request = self.waiting.popleft()
-            if request.cancelled:
+        while self.free_slots and (request := self._next_waiting()):
+            if self._is_leaving(request):
                 self._end(request)
                 continue
-            slot = max(sorted(self.free_slots), key=lambda s: common_prefix(self.cached[s], request.prompt))
-            self.free_slots.remove(slot)
+            slot = max(sorted(self.free_slots), key=lambda s: self._gain(s, request))
             request.slot, request.history_start = slot, slot * self.runner.step.history_length
             self.running.append(request)
-            reusable = 0 if request.needs_every_row else common_prefix(self.cached[slot], request.prompt[:-1])
-            request.computed = self.runner.cache.truncate(slot, reusable)
+            self.free_slots.remove(slot)
+            request.computed = self.runner.cache.truncate(slot, self._reusable(slot, request))
             request.timings.cached_tokens = request.computed
             request.started = time.perf_counter()
             self.runner.write_history(slot, 0, request.prompt)
 
+    def _next_waiting(self) -> Request | None:
+        with self.changed:
+            return self.waiting.popleft() if self.waiting else None
+
+    def _reusable(self, slot: int, request: Request) -> int:
+        """Tokens of the prompt that a slot holds already. One row at least must be computed, for its logits."""
+        return 0 if request.needs_every_row else common_prefix(self.cached[slot], request.prompt[:-1])
+
+    def _gain(self, slot: int, request: Request) -> int:
+        """What a request saves in a slot, less what is thrown away there: a conversation keeps its slot."""
+        reusable = self._reusable(slot, request)
+        return reusable - (len(self.cached[slot]) - reusable)
+
+    def _is_leaving(self, request: Request) -> bool:
+        return request.cancelled or self.closed
+
     def _drop_cancelled(self) -> None:
         with self.changed:
-            gone = [r for r in self.waiting if r.cancelled]
-            self.waiting = deque(r for r in self.waiting if not r.cancelled)
+            gone = [r for r in self.waiting if self._is_leaving(r)]
+            self.waiting = deque(r for r in self.waiting if r not in gone)
         for request in gone:
             self._end(request)
-        self._release([r for r in self.running if r.cancelled])
+        self._release([r for r in self.running if self._is_leaving(r)])
 
     def _release(self, requests: list[Request]) -> None:
-        """Takes requests out of the batch. What they computed stays in the cache."""
+        """Takes requests out of the batch. What they computed stays in the cache if it can be trusted."""
         for request in requests:
             self.running.remove(request)
-            self.cached[request.slot] = request.tokens[: request.computed]
+            self.cached[request.slot] = request.tokens[: request.computed] if request.is_sound else []
             self.free_slots.add(request.slot)
             self._end(request)
 
-    def _fail(self, requests: list[Request], error: Exception) -> None:
+    def _blame(self, part: Part) -> None:
+        """Fails the request whose logits are not finite."""
+        where = self.runner.first_not_finite(part.rows)
+        self._fail([part.request], RillError(f"the logits are not finite; first seen at {where}"))
+
+    def _fail(self, requests: list[Request], error: BaseException) -> None:
         for request in requests:
-            request.error = error
-            request.computed = 0  # what is in the cache cannot be trusted
+            request.fail(error)
         self._release(requests)
 
     def _end(self, request: Request) -> None:

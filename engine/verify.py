@@ -20,6 +20,7 @@ from engine.sampler import SamplingParams
 NODE_BOUND = {"float32": 1e-10, "bfloat16": 1e-5}
 # Bounds on a logit's error after the whole model, in standard deviations of the logits.
 LOGIT_BOUND = {"float32": 1e-3, "bfloat16": 0.1}
+SLICE = 4096  # rows of a weight that are compared at once
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Comparison:
         self.worst: dict[str, float] = {}
 
     def run(self, tokens: list[int], gen_len: int) -> None:
+        self._compare_weights()
         generated: list[int] = []
         position = 0
         while self.report.passed and position < len(tokens):
@@ -74,6 +76,16 @@ class Comparison:
         self.report.lines.insert(0, f"{len(self.runner.plan.nodes)} nodes a step; largest error by op: {errors}")
         if self.report.passed:
             self.report.lines.append(f"PASS: {position} tokens, {gen_len} generated {generated}")
+
+    def _compare_weights(self) -> None:
+        """Every weight must be, number for number, what the oracle has read: nodes are compared on the device's own."""
+        for mine, theirs in zip(self.runner.weights, self.oracle.weights, strict=True):
+            found, expected = self.runner.device.download(mine), self.oracle.device.download(theirs)
+            for start in range(0, mine.shape[0], SLICE):
+                a, b = (np.asarray(array[start : start + SLICE], np.float64) for array in (found, expected))
+                if not np.array_equal(a, b, equal_nan=True):
+                    self.report.fail(f"FAIL: weight {mine.name} differs from what the oracle has read")
+                    return
 
     def _step(self, position: int, tokens: list[int]) -> tuple[Sampled, Sampled]:
         results: list[Sampled] = []

@@ -188,7 +188,7 @@ struct source {
 };
 
 /* Reads `count` sources that stack up to an [n, k] matrix into packed panels, rows beyond n as zeros. Threads take
- * the panels they will read in matmul. Returns 0, or 1 + the index of the source that ended too soon. */
+ * the panels they will read in matmul. Returns 0, 1 + the index of a source that ended too soon, or -1 for want of memory. */
 int32_t pack_matrix(const struct source *sources, int32_t count, int32_t n, int32_t k, int32_t dtype, void *packed,
                     int32_t threads);
 /* The reverse: rows [first, first + count) of a packed matrix as f32 [count, k]. */

@@ -16,6 +16,7 @@ struct team {
     char *scratch;
     int32_t threads;
     bool stop;                      /* agreed upon at the last barrier */
+    atomic_flag failed;             /* only the first failure is reported */
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_int epoch;  /* barriers passed */
     _Alignas(64) atomic_int next;   /* work handed out since the last barrier */

@@ -110,7 +110,7 @@ static int32_t pack_share(const struct source *sources, int32_t count, struct ra
                           char *packed)
 {
     char *buffer = malloc((size_t)(k * 4 * PANEL));
-    int32_t status = buffer ? 0 : 1;
+    int32_t status = buffer ? 0 : -1;
     for (int64_t p = panels.begin; p < panels.end && !status; p++) {
         struct panel_rows rows;
         status = find_rows(sources, count, p * PANEL, (p + 1) * PANEL, k, &rows, buffer);

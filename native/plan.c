@@ -64,13 +64,15 @@ int32_t take(struct worker *me)
 
 void fail(struct worker *me, int32_t status, int32_t detail)
 {
+    if (atomic_flag_test_and_set(&me->team->failed))
+        return;
     me->team->control->detail = detail;
     me->team->control->status = status;
 }
 
 int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch)
 {
-    struct team team = {.control = control, .scratch = scratch, .threads = 1};
+    struct team team = {.control = control, .scratch = scratch, .threads = 1, .failed = ATOMIC_FLAG_INIT};
     control->status = STATUS_OK;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)

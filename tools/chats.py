@@ -120,13 +120,13 @@ def told_story(rng: random.Random, held_out: bool) -> Turns:
         )
     ).format(**story.world)
     turns = [Turn("user", request), Turn("assistant", story.text)]
-    return turns + _asked(rng, held_out, ask(rng, story, rng.randint(2, 5)))
+    return turns + _asked(rng, held_out, ask(rng, story, rng.randint(4, 10)))
 
 
 def given_story(rng: random.Random, held_out: bool) -> Turns:
     """The user gives a story together with the first question."""
     story = make_story(rng, held_out)
-    first, *rest = ask(rng, story, rng.randint(3, 8))
+    first, *rest = ask(rng, story, rng.randint(5, 12))
     introduction = rng.choice(("", "Here is a story. ", "Read this story.\n\n"))
     way = introduction + "{story}\n\n{q}"
     opening = QA(way.format(story=story.text, q=first.question), first.answer, first.category)
@@ -243,7 +243,7 @@ def who_has_what(rng: random.Random, held_out: bool) -> Turns:
             QA(f"What colour is {name}'s {thing}?", f"{name}'s {thing} is {colour}.", "who has what"),
             QA(f"What is {colour}?", f"{name}'s {thing} is {colour}.", "who has what"),
         ]
-    first, *rest = rng.sample(questions, min(len(questions), rng.randint(2, 6)))
+    first, *rest = rng.sample(questions, min(len(questions), rng.randint(4, 12)))
     opening = QA(f"{statement} {first.question}", first.answer, first.category)
     return _exchange(opening) + _asked(rng, held_out, rest)
 
@@ -259,10 +259,10 @@ def quiz_round(rng: random.Random, held_out: bool) -> Turns:
 ChatKind = Callable[[random.Random, bool], Turns]
 CHAT_KINDS: tuple[tuple[ChatKind, float], ...] = (
     (told_story, 0.2),
-    (given_story, 0.15),
+    (given_story, 0.25),
     (about_me, 0.1),
     (who_has_what, 0.25),
-    (quiz_round, 0.3),
+    (quiz_round, 0.2),
 )
 
 

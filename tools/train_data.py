@@ -20,7 +20,7 @@ from tools.stories import make_story
 from tools.train_tokenizer import END_OF_TEXT, IM_END, IM_START
 
 IGNORED = -100  # label of a token that is not learned
-STORY_SHARE = 0.2  # of the documents; the rest are chats
+STORY_SHARE = 0.1  # of the documents; the rest are chats
 PLAIN_SHARE = 0.15  # of the documents for Llama
 
 

@@ -29,8 +29,8 @@ from tools.train_tokenizer import TRAINERS
 from tools.warm_start import warm_start
 
 STEP_TOKENS = 2048
-# Short rows are cheaper and teach recall sooner; some long ones then teach it over the whole context.
-ROW_LENGTHS, LATE_ROW_LENGTHS, LATE_SHARE = (256, 512), (512, 512, 512, CONTEXT), 0.4
+# Attention over short rows costs less; some long ones then teach recall over the whole context.
+ROW_LENGTHS, LATE_ROW_LENGTHS, LATE_SHARE = (512,), (512, 512, 512, CONTEXT), 0.4
 FINAL_SHARE, WARM_UP_STEPS = 0.05, 100  # of the learning rate
 WEIGHT_DECAY, CLIP_NORM, BETAS = 0.1, 1.0, (0.9, 0.98)
 GAIN_RATE = 8  # learning rate of the norms' gains: those on queries and keys bound how sharp attention can be

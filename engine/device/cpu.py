@@ -134,6 +134,8 @@ class CPUDevice(Device):
         finally:
             for fd in files.values():
                 os.close(fd)
+        if short < 0:
+            raise RillError(f"{weight.name}: no memory left to read it")
         if short:
             source = weight.sources[short - 1]
             raise RillError(f"{source.file}: ends before the data of tensor {source.name}")

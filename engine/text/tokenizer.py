@@ -168,13 +168,14 @@ def _load_json(data: bytes, path: Path) -> JsonVocab:
     from tokenizers import Tokenizer as Library
 
     try:
-        return JsonVocab(Library.from_str(data.decode("utf-8")))
+        library = Library.from_str(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RillError(f"{path}: is not UTF-8 (byte {error.start})") from None
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library's own panics are no Exception
         raise RillError(f"{path}: is not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+    return JsonVocab(library)
 
 
 def _read_optional(path: Path) -> Fields:
