@@ -133,24 +133,24 @@ def test_interleaved_chats_keep_their_slots(llm: LLM) -> None:
     assert next_b.timings.cached_tokens >= len(chat_b)
 
 
-def test_what_a_cancelled_prompt_left_behind_is_not_trusted(llm: LLM) -> None:
+def test_what_a_cancelled_prompt_left_behind_is_not_trusted(tiny: Path) -> None:
     """A prompt whose first chunk holds NaN is cancelled before any logits showed it."""
-    table = llm.runner.model.embedding.table
-    poisoned = table.storage.copy()
-    expected = llm.generate(list(range(100)), GREEDY).token_ids
-    panel, lane = divmod(200, 16)
-    table.storage.view(np.uint16)[(panel * llm.config.hidden_size // 2 * 16 + lane) * 2] = 0x7FFF  # NaN in a row
-    first = [*range(90), 200, *range(90, 100)] * 6
-    request = llm._request(first, GREEDY)
-    done_steps = []
-    run = llm.runner.run
-    llm.runner.run = lambda *a: (run(*a), done_steps.append(1), llm._scheduler.cancel([request]))  # type: ignore
-    llm._scheduler.submit([request])
-    assert request.done.wait(60)
-    llm.runner.run = run  # type: ignore[method-assign]
-    table.storage[...] = poisoned
-    assert request.completion().finish_reason == "cancelled" and done_steps
-    assert llm.generate(list(range(100)), GREEDY).token_ids == expected
+    with LLM(tiny, max_seq_len=1200, max_batch=1) as llm:
+        expected = llm.generate(list(range(100)), GREEDY).token_ids
+        table = llm.runner.model.embedding.table
+        intact = table.storage.copy()
+        panel, lane = divmod(200, 16)
+        table.storage.view(np.uint16)[(panel * llm.config.hidden_size // 2 * 16 + lane) * 2] = 0x7FFF  # NaN
+        request = llm._request([*range(90), 200, *range(90, 100)] * 6, GREEDY)
+        done_steps = []
+        run = llm.runner.run
+        llm.runner.run = lambda *a: (run(*a), done_steps.append(1), llm._scheduler.cancel([request]))  # type: ignore
+        llm._scheduler.submit([request])
+        assert request.done.wait(60)
+        llm.runner.run = run  # type: ignore[method-assign]
+        table.storage[...] = intact
+        assert request.completion().finish_reason == "cancelled" and len(done_steps) == 1
+        assert llm.generate(list(range(100)), GREEDY).token_ids == expected
 
 
 def test_logprobs_belong_to_the_token_ids(llm: LLM) -> None:
