@@ -261,7 +261,7 @@ CHAT_KINDS: tuple[tuple[ChatKind, float], ...] = (
     (told_story, 0.2),
     (given_story, 0.25),
     (about_me, 0.1),
-    (who_has_what, 0.25),
+    (who_has_what, 0.3),
     (quiz_round, 0.2),
 )
 

@@ -20,6 +20,7 @@ from tools.story_plots import (
     PARAGRAPH,
     PLOTS,
     RECALL,
+    REMEMBER,
     TREASURE,
     WEATHER_LINES,
     Beat,
@@ -132,13 +133,13 @@ def tell(rng: random.Random, world: World) -> Story:
     name = rng.choice(list(PLOTS))
     sentences = [rng.choice(beat) for beat in _beats(PLOTS[name])]
     sentences = [rng.choice(WEATHER_LINES[world["weather"]]) if s == "WEATHER" else s for s in sentences]
-    paragraphs = " ".join(sentences).split("|")
+    paragraphs = " ".join(s for s in sentences if s).split("|")
     return Story("\n\n".join(p.strip() for p in paragraphs).format(**world), world, name)
 
 
 def _beats(plot: Plot) -> tuple[Beat, ...]:
     start = (INTRODUCTION, TREASURE) if plot.friend_is_new else (INTRODUCTION, TREASURE, FRIENDSHIP)
-    return (*start, PARAGRAPH, *plot.beats, PARAGRAPH, FEELING, RECALL, LAST)
+    return (*start, PARAGRAPH, *plot.beats, PARAGRAPH, FEELING, REMEMBER, RECALL, LAST)
 
 
 def make_story(rng: random.Random, held_out: bool = False) -> Story:

@@ -77,7 +77,18 @@ RECALL: Beat = (
     "{hero} told {his} mother about {friend} and the {colour} {thing}.",
     "Then {hero} went back to {his} house {home}, with the {colour} {thing} in {his} arms.",
 )
-LAST: Beat = ("The end.", "And so the day ended well.", "", "", "")
+REMEMBER: Beat = (
+    "{He} never forgot that {weather} day at the {place}.",
+    "What a {weather} day it had been at the {place}!",
+    "The {trait} {kind} often thought of that {weather} day and of the {place}.",
+    "",
+)
+LAST: Beat = (
+    "The end.",
+    "And so the day ended well.",
+    "The next morning, the {trait} {kind} was still {feel}.",
+    "",
+)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,13 @@ from tools.train_tokenizer import END_OF_TEXT, IM_END, IM_START
 SPACE = "\u2581"
 
 
-@torch.no_grad()
 def warm_start(model: Any, encoder: LlamaEncoder, source_directory: Path) -> None:
     """Fill a Llama model of the same shape from a Qwen3 model directory."""
+    with torch.no_grad():
+        _fill(model, encoder, source_directory)
+
+
+def _fill(model: Any, encoder: LlamaEncoder, source_directory: Path) -> None:
     source: Any = Qwen3ForCausalLM.from_pretrained(source_directory, dtype=torch.float32)
     source_encoder = Qwen3Encoder(source_directory)
     rows = spell(encoder, source_encoder, source.model.embed_tokens.weight)
