@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 from sanitizer import guard_memory
+
+from tools import random_model
 
 # No deadline and no check of speed: a busy machine is not a failure.
 too_slow = [HealthCheck.too_slow]
@@ -11,3 +16,11 @@ settings.register_profile("rill", deadline=None, derandomize=True, suppress_heal
 settings.load_profile("rill")
 
 guard_memory()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 of two layers with a byte tokenizer. Not to be changed: copy it."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    assert random_model.main(["--preset", "tiny", str(directory)]) in (0, None)
+    return directory

@@ -9,19 +9,11 @@ import pytest
 
 from demo import benchmark
 from engine.device.cpu import available_isas
-from tools import random_model
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory: Path = tmp_path_factory.mktemp("tiny") / "model"
-    assert random_model.main(["--preset", "tiny", str(directory)]) in (0, None)
-    return str(directory)
-
-
-def test_rows_come_with_the_share_of_the_limit(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_come_with_the_share_of_the_limit(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     isa = available_isas()[0]
-    arguments = [tiny, "-p", "20", "-n", "4", "-r", "2", "-t", "1", "--isa", isa, "--load", "-o", "json"]
+    arguments = [str(tiny), "-p", "20", "-n", "4", "-r", "2", "-t", "1", "--isa", isa, "--load", "-o", "json"]
     assert benchmark.main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(r["test"].split()[0], r["isa"], r["threads"]) for r in rows] == [
@@ -31,11 +23,11 @@ def test_rows_come_with_the_share_of_the_limit(tiny: str, capsys: pytest.Capture
     assert rows[0]["limit"] > 0 and rows[2]["limit"] > 0 and rows[2]["limit_share"] > 0
 
 
-def test_a_token_reads_every_matrix_once_and_its_positions(tiny: str) -> None:
+def test_a_token_reads_every_matrix_once_and_its_positions(tiny: Path) -> None:
     from engine import LLM
 
     with LLM(tiny, max_seq_len=64, max_batch=1) as llm:
-        stored = (Path(tiny) / "model.safetensors").stat().st_size
+        stored = (tiny / "model.safetensors").stat().st_size
         weights = benchmark.bytes_per_token(llm, 0)
         assert 0.95 * stored < weights < stored
         heads, head_dim, layers, bf16 = 2, 32, 2, 2
@@ -44,10 +36,10 @@ def test_a_token_reads_every_matrix_once_and_its_positions(tiny: str) -> None:
 
 @pytest.mark.parametrize("arguments, status", [(["--isa", "nope"], 2), (["-r", "0"], 2), (["-p", "x"], 2)])
 def test_misuse_is_one_line(
-    tiny: str, arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]
+    tiny: Path, arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        assert benchmark.main([tiny, *arguments]) == status
+        assert benchmark.main([str(tiny), *arguments]) == status
     except SystemExit as exit:
         assert exit.code == status
     assert "Traceback" not in capsys.readouterr().err

@@ -15,18 +15,10 @@ import pytest
 from engine import LLM, RillError, SamplingParams, UsageError
 from engine.device.cpu import available_isas
 from engine.runner import MAX_ROWS
-from tools import random_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, seed=7, max_tokens=12, ignore_eos=True, logprobs=2)
 PROMPTS = [list(range(n)) for n in (1, 5, 63, 64, 65, 130)] + [[7] * 9]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    assert random_model.main(["--preset", "tiny", str(directory)]) in (0, None)
-    return directory
 
 
 @pytest.fixture(scope="module")

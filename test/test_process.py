@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 
 from engine.device.cpu import available_isas
-from tools import random_model
 
 LOAD = "import sys\nfrom engine import LLM, SamplingParams\nllm = LLM(sys.argv[1], max_seq_len=512)\n"
 ENDLESS = "SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    assert random_model.main(["--preset", "tiny", str(directory)]) in (0, None)
-    return directory
 
 
 def run(program: str, model: Path, **environment: str) -> str:

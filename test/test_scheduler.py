@@ -13,17 +13,9 @@ import pytest
 
 from engine import LLM, RillError, SamplingParams, UsageError
 from engine.verify import Comparison, verify
-from tools import random_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=600, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny") / "model"
-    assert random_model.main(["--preset", "tiny", str(directory)]) in (0, None)
-    return directory
 
 
 @pytest.fixture
