@@ -64,7 +64,7 @@ def measure(llm: LLM, prompt_len: int, gen_len: int, rounds: int) -> list[Row]:
 
 def read_limit(llm: LLM) -> float:
     measure_limit = getattr(llm.device, "read_limit", None)
-    return measure_limit(llm.runner.weights) if measure_limit else 0.0
+    return measure_limit() if measure_limit else 0.0
 
 
 def bytes_per_token(llm: LLM, length: float) -> float:
