@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
 
-.PHONY: demo test native lint sanitize wheel wheel-check no-flash ci clean
+.PHONY: demo test native lint tune sanitize wheel wheel-check no-flash ci clean
 
 demo: native $(VENV)/rill-demo
 	$(RUN) -m demo.infer --raw -p "Once upon a time"
@@ -54,6 +54,10 @@ sanitize: $(VENV)/rill-dev
 no-flash: $(VENV)/rill-dev
 	@$(MAKE) native USE_FLASH_ATTENTION=0 LIBRARIES=build/no-flash
 	RILL_LIBRARIES=$(CURDIR)/build/no-flash $(PYTEST) $(wildcard test/test_attention.py test/test_golden.py)
+
+# Measures the blocks and kinds of attention that suit this machine: engine/attention_table.json, to be committed.
+tune: native $(VENV)/rill-dev
+	$(RUN) -m tools.tune_attention
 
 wheel: $(VENV)/rill-dev
 	rm -rf dist

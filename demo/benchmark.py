@@ -1,11 +1,13 @@
-"""Times prompts and generation, with the share of the machine's limit beside every figure.
+"""Times prompts and generation, with the share of the machine's limit beside the figures.
 
-    python -m demo.benchmark MODEL -p 512 -n 64 -r 5 --isa avx512_bf16,avx2 -o json
+    python -m demo.benchmark MODEL -p 512,2048 -n 64 -r 5 --method avx512,avx2 --attention flash,streaming -o json
+    python -m demo.benchmark MODEL --verify 151644,872,198 --gen-len 3 --method baseline,avx2,avx512,numpy
 
-A prompt of P tokens is row `ppP`, N generated tokens are row `tgN`; text is not timed. The limit of generation, reading
-all weights once a token, is measured in the same run, round by round beside the figures: each share is the median over
-the rounds, so that a machine whose speed drifts does not bend it. `--load` adds a row for loading, in bytes a second:
-its limit is reading the same file with as many threads into memory that is as fresh.
+A prompt of P tokens is row `ppP`, N tokens generated after it are row `tgN`; text is not timed. Every method, kind of
+attention and number of threads runs once a round, so that a machine whose speed drifts bends none against another, and
+figures are medians over the rounds. The limit of generation, reading all weights and the keys and values once a token,
+is measured in the same rounds. `--load` adds rows for loading, in bytes a second: their limit is reading the same file
+with as many threads into memory that is as fresh. `--verify` compares tokens with NumPy's instead of timing anything.
 """
 
 from __future__ import annotations
@@ -14,23 +16,29 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from engine import LLM, RillError, SamplingParams
-from engine.device.cpu import reserve
-from engine.plan import nbytes
+from demo.attention_rig import attention_nodes
+from demo.methods import Method, isa_of, methods, open_model, threads_of
+from demo.options import OptionError, Parser, add_attention, lengths, misfit_window, positive, token_ids
+from demo.program import FAILED, check_kinds, listed, run_program, tell
+from demo.timing import interleaved
+from engine import LLM, SamplingParams
+from engine.kvcache import PAGE
+from engine.plan import Tensor, nbytes
+
+NAME = "demo.benchmark"
 
 
 @dataclass
 class Row:
-    """One line of the table. Rates are in tokens a second, of loading and of limits in bytes a second."""
+    """One line of the table. `stddev` is in the unit of the rate, `limit` in bytes a second."""
 
     model: str
     dtype: str
@@ -38,148 +46,191 @@ class Row:
     attention: str
     threads: int
     test: str
-    rate: float
+    prompt_len: int | None
+    gen_len: int | None
+    tokens_per_second: float | None
     stddev: float
     limit: float | None = None
     limit_share: float | None = None
+    bytes_per_second: float | None = None
 
 
-def measure(llm: LLM, prompt_len: int, gen_len: int, rounds: int) -> list[Row]:
-    """A pp and a tg row, of `rounds` rounds after one to warm up."""
-    prompts = np.random.default_rng(0).integers(0, llm.config.vocab_size, (rounds + 1, prompt_len)).tolist()
-    params = SamplingParams(temperature=0, max_tokens=gen_len + 1, ignore_eos=True)
-    prompt_rates, rates, limits = [], [], []
-    for prompt in prompts:
-        limits.append(read_limit(llm))
-        timings = llm.generate(prompt, params).timings
-        prompt_rates.append(timings.prompt_tokens_per_second)
-        rates.append(timings.generated_tokens_per_second)
-    moved = bytes_per_token(llm, prompt_len + gen_len / 2)
-    shares = [rate * moved / limit for rate, limit in zip(rates, limits, strict=True)] if all(limits) else []
-    return [
-        row(llm, f"pp{prompt_len}", prompt_rates[1:]),
-        row(llm, f"tg{gen_len}", rates[1:], limits[1:] if shares else None, shares[1:]),
-    ]
+@dataclass
+class Sample:
+    """One round of one model: tokens a second of each phase, and the bytes a second that its threads can read."""
+
+    prefill: float
+    decode: float
+    limit: float
+
+
+class Timed:
+    """A model to be timed with prompts of one length. A prompt is never the last round's, or the cache would know it;
+    where only generation counts it always is."""
+
+    def __init__(self, llm: LLM, prompt_len: int, gen_len: int, phases: Sequence[str]) -> None:
+        self.llm, self.prompt_len, self.gen_len, self.phases = llm, prompt_len, gen_len, phases
+        self.rng = np.random.default_rng(0)
+        self.prompt = self._draw()
+
+    def _draw(self) -> list[int]:
+        return self.rng.integers(0, self.llm.config.vocab_size, self.prompt_len).tolist()
+
+    def sample(self) -> Sample:
+        decode = "decode" in self.phases
+        if "prefill" in self.phases:
+            self.prompt = self._draw()
+        limit = read_limit(self.llm) if decode else 0.0
+        params = SamplingParams(temperature=0, max_tokens=self.gen_len + 1 if decode else 1, ignore_eos=True)
+        timings = self.llm.generate(self.prompt, params).timings
+        return Sample(timings.prompt_tokens_per_second, timings.generated_tokens_per_second, limit)
+
+    def rows(self, samples: list[Sample]) -> Iterator[Row]:
+        if "prefill" in self.phases:
+            rates = [s.prefill for s in samples]
+            yield self._row(f"pp{self.prompt_len}", rates, None)
+        if "decode" in self.phases:
+            rates, limits = [s.decode for s in samples], [s.limit for s in samples]
+            row = self._row(f"tg{self.gen_len}", rates, self.gen_len)
+            if all(limits):
+                moved = bytes_per_token(self.llm, self.prompt_len + self.gen_len / 2)
+                row.limit = statistics.median(limits)
+                shares = (rate * moved / limit for rate, limit in zip(rates, limits, strict=True))
+                row.limit_share = statistics.median(shares)
+            yield row
+
+    def _row(self, test: str, rates: list[float], gen_len: int | None) -> Row:
+        return Row(**describe(self.llm), test=test, prompt_len=self.prompt_len, gen_len=gen_len,
+                   tokens_per_second=statistics.median(rates), stddev=spread(rates))  # fmt: skip
+
+
+def describe(llm: LLM) -> dict[str, Any]:
+    """What ran: the first fields of its rows."""
+    return {"model": llm.directory.name, "dtype": llm.runner.model.embedding.table.dtype.name, "isa": isa_of(llm),
+            "attention": llm.attention, "threads": threads_of(llm)}  # fmt: skip
+
+
+def spread(rates: list[float]) -> float:
+    return statistics.stdev(rates) if len(rates) > 1 else 0.0
 
 
 def read_limit(llm: LLM) -> float:
-    measure_limit = getattr(llm.device, "read_limit", None)
-    return measure_limit() if measure_limit else 0.0
+    measure = getattr(llm.device, "read_limit", None)
+    return measure() if measure else 0.0
 
 
 def bytes_per_token(llm: LLM, length: float) -> float:
-    """What a generated token has to read: every matrix, once where tied, and the keys and values of `length`
-    positions. An untied embedding gives up one row only."""
-    table = llm.runner.model.embedding.table
+    """What a generated token has to read: every matrix, once where tied, and the keys and values that it sees of
+    `length` positions. An untied embedding gives up one row only."""
     weights = sum(nbytes(w) for w in llm.runner.weights if w.layout == "matrix")
     if not llm.config.tie_word_embeddings:
-        weights -= nbytes(table)
-    position = 2 * llm.config.num_key_value_heads * llm.config.head_dim * llm.runner.layers[0].dtype.itemsize
-    return weights + length * position * llm.config.num_hidden_layers
+        weights -= nbytes(llm.runner.model.embedding.table)
+    nodes = {node.tensors["kv"]: node.scalars for node in attention_nodes(llm.runner.plan)}
+    seen = {kv: min(length, n["window"] + n["sink"]) if n["window"] else length for kv, n in nodes.items()}
+    return weights + sum(count * position_bytes(llm, kv) for kv, count in seen.items())
 
 
-def measure_load(options: argparse.Namespace, isa: str) -> Row:
-    """Loads the model and reads its files in turn."""
-    rates, limits = [], []
-    for _ in range(options.rounds + 1):
-        with open_model(options, isa) as llm:
-            rates.append(llm.runner.weight_bytes / llm.weights_seconds)
-            size, threads = llm.runner.weight_bytes, getattr(llm.device, "threads", 1)
-            files = {source.file for w in llm.runner.weights for source in w.sources if hasattr(source, "file")}
-        limits.append(read_files(sorted(files), threads))
-    shares = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
-    return row(llm, f"load {size / 1e6:.0f} MB", rates[1:], limits[1:], shares[1:])
+def position_bytes(llm: LLM, layer: Tensor) -> float:
+    """Of the keys and values of one position in a layer's cache."""
+    return layer.shape[2] * llm.device.cache_bytes(layer.dtype, layer.shape[4]) / PAGE
 
 
-def read_files(files: list[Path], threads: int) -> float:
-    """Bytes a second of plain reads into fresh memory, each thread its part of every file."""
-
-    def read(file: Path, memory: np.ndarray, part: int) -> None:
-        begin, end = memory.nbytes * part // threads, memory.nbytes * (part + 1) // threads
-        with open(file, "rb", buffering=0) as stream:
-            stream.seek(begin)
-            while begin < end:
-                begin += stream.readinto(memory[begin : min(end, begin + (1 << 20))].data) or end
-
-    started = time.perf_counter()
-    fresh = [reserve(file.stat().st_size) for file in files]
-    with ThreadPoolExecutor(threads) as pool:
-        for file, memory in zip(files, fresh, strict=True):
-            list(pool.map(lambda part, f=file, m=memory: read(f, m, part), range(threads)))
-    return sum(memory.nbytes for memory in fresh) / (time.perf_counter() - started)
+def time_models(options: argparse.Namespace, pairs: list[Method]) -> Iterator[Row]:
+    """All models stay open, so that their rounds can be interleaved."""
+    gen_len = options.gen_len or 64
+    room = max(options.prompt_len) + (gen_len if "decode" in options.phase else 0) + 1
+    with ExitStack() as opened:
+        llms = [opened.enter_context(open_model(options, pair, room)) for pair in pairs]
+        for llm in llms:
+            tell(NAME, f"{llm.device.type} {llm.device.description}, attention {llm.attention}")
+        for prompt_len in options.prompt_len:
+            timed = [Timed(llm, prompt_len, gen_len, options.phase) for llm in llms]
+            for one, samples in zip(timed, interleaved([t.sample for t in timed], options.iters), strict=True):
+                yield from one.rows(samples)
 
 
-def row(llm: LLM, test: str, rates: list[float], limits: Any = None, shares: Any = None) -> Row:
-    device: Any = llm.device
-    return Row(
-        llm.directory.name, llm.runner.model.embedding.table.dtype.name, getattr(device, "isa", device.type),
-        llm.attention, getattr(device, "threads", 1), test, statistics.median(rates),
-        statistics.stdev(rates) if len(rates) > 1 else 0.0,
-        statistics.median(limits) if limits else None, statistics.median(shares) if shares else None,
-    )  # fmt: skip
+def time_loading(options: argparse.Namespace, pairs: list[Method]) -> Iterator[Row]:
+    """One row a method: attention has no part in loading."""
+    from demo.loading import load_rates
+
+    for pair in {(pair.name, pair.threads): pair for pair in pairs}.values():
+        llm, rates, limits = load_rates(partial(open_model, options, pair, 1), options.iters)
+        shares = [rate / limit for rate, limit in zip(rates, limits, strict=True)]
+        yield Row(**describe(llm), test=f"load {llm.runner.weight_bytes / 1e6:.0f} MB", prompt_len=None, gen_len=None,
+                  tokens_per_second=None, stddev=spread(rates), limit=statistics.median(limits),
+                  limit_share=statistics.median(shares), bytes_per_second=statistics.median(rates))  # fmt: skip
 
 
-HEAD = "| model | dtype | isa | threads | test | rate | limit | share |\n" + "|---" * 8 + "|"
+HEAD = "| model | dtype | isa | attention | threads | prompt | test | rate | limit | share |\n" + "|---" * 10 + "|"
 
 
 def line(r: Row) -> str:
     limit = f"{r.limit / 1e9:.2f} GB/s" if r.limit else ""
     share = f"{r.limit_share:.1%}" if r.limit_share else ""
-    scale, unit = (1e9, "GB/s") if r.test.startswith("load") else (1, "tokens/s")
-    rate = f"{r.rate / scale:.2f} ± {r.stddev / scale:.2f} {unit}"
-    return f"| {r.model} | {r.dtype} | {r.isa} | {r.threads} | {r.test} | {rate} | {limit} | {share} |"
+    if r.bytes_per_second is not None:
+        rate = f"{r.bytes_per_second / 1e9:.2f} ± {r.stddev / 1e9:.2f} GB/s"
+    else:
+        rate = f"{r.tokens_per_second:.2f} ± {r.stddev:.2f} tokens/s"
+    what = f"{r.model} | {r.dtype} | {r.isa} | {r.attention} | {r.threads} | {r.prompt_len or ''} | {r.test}"
+    return f"| {what} | {rate} | {limit} | {share} |"
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="demo.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("-p", "--prompt-len", type=int, default=512)
-    parser.add_argument("-n", "--gen-len", type=int, default=64)
-    parser.add_argument("-r", "--rounds", type=int, default=5)
-    parser.add_argument("-t", "--threads", type=int)
-    parser.add_argument("--isa", default="auto", help="one or several, with commas")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-dtype", default="auto")
-    parser.add_argument("--load", action="store_true", help="time loading too")
-    parser.add_argument("-o", "--output", choices=["md", "json"], default="md")
-    options = parser.parse_args(arguments)
-    if min(options.prompt_len, options.gen_len, options.rounds) < 1:
-        parser.error("lengths and rounds must be at least 1")
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="as for rill; without one, the bundled model")
+    add("--model", dest="named_model", metavar="MODEL", help="the same")
+    add("--phase", choices=["prefill", "decode"], help="by default both")
+    add("--method", type=listed, default=["auto"], metavar="LIST", help="baseline, avx2, avx512 (the best of its "
+        "family), another ISA by its name, numpy; by default what rill takes")  # fmt: skip
+    add_attention(parser)
+    add("-p", "--prompt-len", type=lengths, default=[512], metavar="LIST")
+    add("-n", "--gen-len", type=positive, metavar="N", help="by default 64, with --verify 3")
+    add("-r", "--iters", type=positive, default=5, metavar="N", help="rounds, after one to warm up; by default 5")
+    add("-t", "--threads", type=lengths, metavar="LIST")
+    add("--dtype", default="auto")
+    add("--kv-dtype", default="auto")
+    add("--load", action="store_true", help="time loading too")
+    add("--verify", type=token_ids, metavar="IDS", help="compare the greedy tokens after these ids with NumPy's")
+    add("-o", "--output", choices=["md", "json"], default="md")
+    return settle(parser.parse_intermixed_args(arguments))
+
+
+def settle(options: argparse.Namespace) -> argparse.Namespace:
+    """Checks what is asked for and fills in what is left open."""
+    if options.model and options.named_model:
+        raise OptionError("--model: the model is named already")
+    from engine.default_model import default_model
+
+    options.model = options.model or options.named_model or str(default_model())
+    options.phase = [options.phase] if options.phase else ["prefill", "decode"]
+    options.attention = listed(options.attention) if options.attention else ["auto"]
+    check_kinds(options.attention)
+    if problem := misfit_window(options, options.attention):
+        raise OptionError(problem)
     return options
 
 
-def open_model(options: argparse.Namespace, isa: str) -> LLM:
-    return LLM(options.model, device=options.device, isa=isa, dtype=options.dtype, kv_dtype=options.kv_dtype,
-               threads=options.threads, max_batch=1,
-               max_seq_len=options.prompt_len + options.gen_len + 1)  # fmt: skip
-
-
-def run(options: argparse.Namespace) -> Iterator[Row]:
-    for isa in options.isa.split(","):
-        if options.load:
-            yield measure_load(options, isa)
-        with open_model(options, isa) as llm:
-            print(llm.device.description, file=sys.stderr)
-            yield from measure(llm, options.prompt_len, options.gen_len, options.rounds)
-
-
-def main(arguments: list[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None) -> int:
     options = parse(arguments)
+    pairs = methods(options)
+    if options.verify:
+        from demo.same_tokens import compare_tokens
+
+        return FAILED if compare_tokens(options, pairs, options.verify, options.gen_len or 3) else 0
     rows: list[Row] = []
-    try:
-        if options.output == "md":
-            print(HEAD)
-        for r in run(options):
-            rows.append(r)
+    for times in [time_loading] * options.load + [time_models]:
+        for r in times(options, pairs):
             if options.output == "md":
-                print(line(r), flush=True)
-    except RillError as error:
-        print(f"demo.benchmark: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+                print(line(r) if rows else f"{HEAD}\n{line(r)}", flush=True)
+            rows.append(r)
     if options.output == "json":
         print(json.dumps([asdict(r) for r in rows], indent=2))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_program(NAME, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     if options.verify is not None:
         return run_verify(options)
+    if options.benchmark:
+        return run_benchmark(options)
     prompt, progress = read_prompt(options.prompt), ProgressBar()
     try:
         llm, params = in_background(lambda: load(options, progress))
@@ -94,6 +96,17 @@ def run_verify(options: argparse.Namespace) -> int:
     comparison = in_background(work)
     write("".join(f"{line}\n" for line in comparison.lines))
     return 0 if comparison.passed else FAILED
+
+
+def run_benchmark(options: argparse.Namespace) -> int:
+    def work() -> None:
+        from demo.prompt_lengths import table
+
+        for line in table(options, find_model(options)):
+            write(f"{line}\n")
+
+    in_background(work)
+    return 0
 
 
 def read_prompt(prompt: str | None) -> str | None:

@@ -29,7 +29,8 @@ OMP_NUM_THREADS count where --isa and --threads are not given.
 
 exit status: 0 done, 1 failed, 2 misused, 130 stopped by Ctrl-C."""
 
-LLM_OPTIONS = ("device", "isa", "attention", "dtype", "kv_dtype", "max_seq_len", "threads")
+LLM_OPTIONS = ("device", "isa", "attention", "sink", "window", "q_block", "kv_block", "dtype", "kv_dtype",
+               "max_seq_len", "threads")  # fmt: skip
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
                     "max_tokens", "stop", "seed")  # fmt: skip
 
@@ -40,7 +41,7 @@ class OptionError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise OptionError(f"{message.removeprefix('argument ')} (rill --help lists the options)")
+        raise OptionError(f"{message.removeprefix('argument ')} ({self.prog} --help lists the options)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         write(message)  # argparse would ignore an error
@@ -66,6 +67,19 @@ def number(text: str) -> float:
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) and isfinite(float(text)):
         return float(text)
     raise argparse.ArgumentTypeError(f"expected a number, got {text[:40]!r}")
+
+
+def positive(text: str) -> int:
+    if (value := integer(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {value}")
+    return value
+
+
+def lengths(text: str) -> list[int]:
+    """Positive whole numbers with commas between them."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}(,0*[1-9][0-9]{0,8})*", text):
+        raise argparse.ArgumentTypeError(f"expected positive whole numbers like 512,1024, got {text[:40]!r}")
+    return [int(part) for part in text.split(",")]
 
 
 def token_ids(text: str) -> list[int]:
@@ -94,6 +108,11 @@ def make_parser() -> Parser:
                        "difference")  # fmt: skip
     group.add_argument("--gen-len", type=integer, metavar="N",
                        help="with --verify: tokens to generate as well, by default 0")  # fmt: skip
+    group = parser.add_argument_group("measuring the engine")
+    group.add_argument("--benchmark", action="store_true", help="time prompts of several lengths with each kind of "
+                       "attention, and print its memory; --attention may then list kinds with commas")  # fmt: skip
+    group.add_argument("--seq-lengths", type=lengths, metavar="LIST",
+                       help="with --benchmark: tokens of the prompts, by default 512,1024,2048,4096")  # fmt: skip
     return parser
 
 
@@ -129,8 +148,19 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     add("--device", metavar="NAME", help="auto, cpu or numpy")
     add("--isa", metavar="NAME", help="auto, baseline, avx2, avx512 (the best of its family), ...")
     add("--dtype", metavar="NAME", help="of the weights: auto (as stored) or float32")
-    add("--kv-dtype", metavar="NAME", help="of the KV cache: auto, float32 or bfloat16")
-    add("--attention", metavar="NAME", help="auto or standard")
+    add("--kv-dtype", metavar="NAME", help="of the KV cache: auto, float32, bfloat16, float16 or int8")
+    add_attention(group)
+
+
+def add_attention(group: Any) -> None:
+    """The options of attention, for any program."""
+    add = group.add_argument
+    add("--attention", metavar="NAME", help="auto, standard, flash or streaming")
+    add("--window", type=integer, metavar="W", help="with --attention streaming: each position sees the last W only, "
+        "and text goes on without end in constant memory")  # fmt: skip
+    add("--sink", type=integer, metavar="K", help="with --window: each position sees the first K, too")
+    add("--q-block", type=integer, metavar="N", help="queries to a block of flash and streaming attention")
+    add("--kv-block", type=integer, metavar="N", help="keys to a block, a multiple of 64")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -142,7 +172,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def misfit_window(options: argparse.Namespace, kinds: Sequence[str]) -> str | None:
+    """Why --sink and --window do not go with these kinds of attention."""
+    if options.sink is None and options.window is None:
+        return None
+    if "streaming" not in kinds:
+        name = "--sink" if options.window is None else "--window"
+        return f"{name}: belongs to --attention streaming"
+    return "--sink: needs --window" if options.window is None else None
+
+
 def _contradiction(options: argparse.Namespace) -> str | None:
+    measured = options.benchmark and options.attention is None  # then every kind there is
+    kinds = ["streaming"] if measured else (options.attention or "").split(",")
+    return misfit_window(options, kinds) or _contradictory_work(options)
+
+
+def _contradictory_work(options: argparse.Namespace) -> str | None:
+    if options.benchmark:
+        given = options.prompt is not None or options.chat or options.verify is not None
+        return "--benchmark: makes its own prompts, no --prompt, --chat or --verify" if given else None
+    if options.seq_lengths is not None:
+        return "--seq-lengths: belongs to --benchmark"
     if options.verify is not None:
         given = options.prompt is not None or options.chat
         return "--verify: takes token ids, no --prompt and no --chat" if given else None

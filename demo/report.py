@@ -22,20 +22,25 @@ def choices(llm: LLM, params: ResolvedParams, options: argparse.Namespace, *, te
     """Model, dtypes, device, context and sampling, each with where it came from."""
     runner = llm.runner
     kv_bytes = runner.pages_per_seq * runner.page_bytes
-    context = _why(options, "max_seq_len")
-    if llm.max_seq_len == llm.config.max_position_embeddings:
-        context = "the model's limit"
     parts = [
         f"{llm.directory.name} ({'asked for' if options.model else 'bundled'})",
         f"weights {runner.model.embedding.table.dtype} ({_why(options, 'dtype', 'as stored')})",
         f"{llm.device.type} {llm.device.description}",
-        f"attention {llm.attention} ({_why(options, 'attention')})",
+        f"attention {llm.attention} ({llm.attention_why})",
         f"KV {runner.kv_dtype} ({_why(options, 'kv_dtype')}) up to {kv_bytes / MB:.1f} MB",
-        f"context {llm.max_seq_len} ({context})",
+        _context(llm, options),
         "chat template" if templated else "raw text",
         *_sampling(params),
     ]
     return "; ".join(parts)
+
+
+def _context(llm: LLM, options: argparse.Namespace) -> str:
+    if options.window is not None:
+        return f"context without end, of which {options.window} positions and {options.sink or 0} sinks are seen"
+    limited = llm.max_seq_len == llm.config.max_position_embeddings
+    why = "the model's limit" if limited else _why(options, "max_seq_len")
+    return f"context {llm.max_seq_len} ({why})"
 
 
 def _why(options: argparse.Namespace, name: str, default: str = "default") -> str:
@@ -111,9 +116,15 @@ def is_misuse(error: Exception) -> bool:
 
 
 def explain(error: Exception) -> str:
+    """An error as the users of `rill` can use it."""
+    foreseen = isinstance(error, OptionError | _engine_errors("RillError"))
+    return as_option(str(error)) if foreseen else describe(error)
+
+
+def describe(error: Exception) -> str:
     """An error as people can use it. What no part of the engine foresaw says where it happened."""
     if isinstance(error, OptionError | _engine_errors("RillError")):
-        return as_option(str(error))
+        return str(error)
     if isinstance(error, OSError):
         return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
     if isinstance(error, MemoryError):

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from engine.plan import Node
 
 LIBRARIES = Path(os.environ.get("RILL_LIBRARIES") or Path(__file__).parent / "_native")
-ISAS = ("baseline", "avx2", "avx512f", "avx512_vnni", "avx512_bf16")  # the best last
+ISAS = ("baseline", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_amx")  # the best last
 
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
+INT8 = np.dtype(np.int8)
 
 
 def _header() -> str:
@@ -37,7 +38,8 @@ ffi = cffi.FFI()
 ffi.cdef(_header())
 constants: Any = ffi.dlopen(None)  # the enums of abi.h as attributes: constants.PAGE
 
-DTYPE_CODES = {FLOAT32: constants.DTYPE_F32, BFLOAT16: constants.DTYPE_BF16, FLOAT16: constants.DTYPE_F16}
+DTYPE_CODES = {FLOAT32: constants.DTYPE_F32, BFLOAT16: constants.DTYPE_BF16, FLOAT16: constants.DTYPE_F16,
+               INT8: constants.DTYPE_I8}  # fmt: skip
 
 
 def struct_dtype(name: str) -> np.dtype:
@@ -79,9 +81,10 @@ def fill_struct(node: Node, pointer_of: Any) -> Any:
 
     `pointer_of(tensor)` gives a tensor's address on the device. Raises RillError where node and struct do not match.
     """
-    struct = ffi.new(f"struct {node.op.name} *")
-    used = set()
-    for field, info in ffi.typeof(f"struct {node.op.name}").fields:
+    type_name = f"struct {node.op.struct or node.op.name}"
+    struct = ffi.new(f"{type_name} *")
+    fields, used = dict(ffi.typeof(type_name).fields), set()
+    for field, info in fields.items():
         tensor_name, _, attribute = field.rpartition("_")
         if field in node.tensors:
             setattr(struct, field, ffi.cast(info.type, pointer_of(node.tensors[field])))
@@ -94,7 +97,7 @@ def fill_struct(node: Node, pointer_of: Any) -> Any:
         elif tensor_name in node.tensors and attribute in ("width", "stride", "dtype"):
             tensor = node.tensors[tensor_name]
             setattr(struct, field, DTYPE_CODES[tensor.dtype] if attribute == "dtype" else getattr(tensor, attribute))
-        elif info.type.kind != "pointer":  # an absent tensor stays NULL
+        elif info.type.kind != "pointer" and tensor_name not in node.absent:  # what an absent tensor would fill stays 0
             raise RillError(f"{node.op.name}: nothing to fill abi.h's field {field} with")
     if unknown := (node.tensors.keys() | node.scalars.keys()) - used:
         raise RillError(f"{node.op.name}: abi.h has no field {', '.join(sorted(unknown))}")

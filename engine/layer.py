@@ -134,9 +134,9 @@ class Layer:
 
 def plan_input(plan: Plan, array: np.ndarray, rows: Tensor | None, name: str) -> Tensor:
     """A tensor that holds an array, for plans that are fed by hand: numbers as float32; five dimensions are pages
-    of keys and values, which may be bfloat16."""
+    of keys and values, which may be bfloat16 or float16."""
     pages = array.ndim == 5
-    if array.dtype in (np.float64, FLOAT16) or (array.dtype == BFLOAT16 and not pages):
+    if array.dtype == np.float64 or (array.dtype in (BFLOAT16, FLOAT16) and not pages):
         array = array.astype(FLOAT32)
     layout = "cache" if pages else "dense"
     tensor = Tensor(array.shape, array.dtype, name, plan, None if pages else rows, layout=layout)

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from engine.attention_choice import LARGEST, choose_attention
 from engine.checkpoint import Checkpoint
 from engine.config import load_config, load_generation_config
 from engine.device import Progress, open_device
@@ -22,7 +23,6 @@ from engine.scheduler import Scheduler
 from engine.text.detokenizer import StreamDecoder
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
-ATTENTION_KINDS = ("auto", "standard")
 DTYPES = ("auto", "float32")
 PATIENCE = 0.1  # seconds: an unbounded wait would miss a Ctrl-C that comes just before it
 Prompt = str | Sequence[int]
@@ -35,7 +35,12 @@ class LLM:
     it. tokenizer: a directory or file, by default the model's. device: "auto", "cpu" or "numpy". isa: "auto" or one
     that this machine has. dtype: "auto" keeps weights as stored, "float32" widens them once. kv_dtype: "auto" is
     float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
-    max_batch: sequences that run together; more prompts queue. threads: by default one a core.
+    max_batch: sequences that run together; more prompts queue. threads: by default one a core. attention: "auto",
+    "standard", "flash" or "streaming". q_block, kv_block: queries and keys to a block of the last two.
+
+    With attention="streaming", a `window` and perhaps a `sink`, a token sees the last `window` positions and the first
+    `sink` only (StreamingLLM: Xiao et al., 2023). Prompts and texts then have no end, memory and time per token stay
+    constant, and of max_seq_len remains how many of the last tokens penalties look at.
 
     Raises UsageError for options that cannot be, RillError for files that cannot be used or too little memory.
     """
@@ -53,25 +58,32 @@ class LLM:
         max_batch: int = 8,
         threads: int | None = None,
         progress: Progress | None = None,
+        *,
+        sink: int | None = None,
+        window: int | None = None,
+        q_block: int | None = None,
+        kv_block: int | None = None,
     ) -> None:
-        _choice("attention", attention, ATTENTION_KINDS)
         _choice("dtype", dtype, DTYPES)
         check_kv_dtype(kv_dtype)
         _positive("max_seq_len", max_seq_len)
         _positive("max_batch", max_batch)
         started = time.perf_counter()
-        self.attention = "standard"
         self.device = open_device(device, isa=isa, threads=threads)
+        choice = choose_attention(attention, self.device, sink=sink, window=window, q_block=q_block, kv_block=kv_block)
         checkpoint = Checkpoint(model)
         self.directory = checkpoint.directory
         self.config = load_config(checkpoint.config_path)
         self.generation_config = load_generation_config(self.directory / "generation_config.json")
         self.tokenizer, self._no_tokenizer = _find_tokenizer(tokenizer, self.directory)
-        self.max_seq_len = min(max_seq_len, self.config.max_position_embeddings)
+        max_seq_len = min(max_seq_len, self.config.max_position_embeddings)
+        self.max_seq_len = LARGEST if choice.is_endless else max_seq_len
         self.eos_ids = self._eos_ids()
-        self.runner = Runner(self.config, checkpoint, self.device, dtype=dtype, kv_dtype=kv_dtype,
-                             max_seq_len=self.max_seq_len, max_batch=max_batch,
+        self.runner = Runner(self.config, checkpoint, self.device, dtype=dtype, kv_dtype=kv_dtype, attention=choice,
+                             max_seq_len=max_seq_len, max_batch=max_batch,
                              vocab_size=self._vocab_size())  # fmt: skip
+        self.attention = choice.name(self.device, self.runner.layers[0].dtype, self.config.head_dim)
+        self.attention_why = choice.why
         started_reading = time.perf_counter()
         self.runner.load(progress)
         self.weights_seconds = time.perf_counter() - started_reading

@@ -58,11 +58,13 @@ class Tensor:
 @dataclass(frozen=True)
 class Op:
     """What a node does. `meaning` is its NumPy definition: it gets the logical array of every tensor and every scalar
-    by name, and writes into the arrays named in `writes`."""
+    by name, and writes into the arrays named in `writes`. Native code has a function of that name, which takes the
+    struct of abi.h called `struct`, by default likewise."""
 
     name: str
     meaning: Callable[..., None]
     writes: tuple[str, ...]
+    struct: str = ""
 
 
 def op(*writes: str) -> Callable[[Callable[..., None]], Op]:
@@ -78,6 +80,7 @@ class Node:
     tensors: dict[str, Tensor]
     scalars: dict[str, float]
     label: str = ""
+    absent: frozenset[str] = frozenset()  # tensors that the op can do without
 
     @property
     def rows(self) -> Tensor:
@@ -112,7 +115,8 @@ class Plan:
         """Appends a node. Tensors and scalars are told apart here; None stands for an absent tensor."""
         tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
         scalars = {k: v for k, v in arguments.items() if isinstance(v, (int, float))}
-        self.nodes.append(Node(op, tensors, scalars, label))
+        absent = frozenset(k for k, v in arguments.items() if v is None)
+        self.nodes.append(Node(op, tensors, scalars, label, absent))
 
     def lower(self) -> None:
         """Gives every activation its storage and binds the nodes to the device's kernels."""

@@ -15,6 +15,7 @@ import numpy as np
 from engine.errors import RillError
 from engine.runner import Sampled, Want
 from engine.sampler import ResolvedParams
+from engine.step import History
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Request:
     want_logits: bool = False
 
     slot: int = -1
-    history_start: int = 0  # of the slot's tokens in the step's history
+    history: History | None = None  # the step's, once there is a slot
     computed: int = 0  # tokens whose keys and values are in the cache
     cancelled: bool = False
     finish_reason: str | None = None
@@ -126,8 +127,11 @@ class Request:
             self.fail(error)
 
     def _fill(self, entry: Any, target: int | None = None) -> None:
-        self.params.fill(entry, index=len(self.tokens) - len(self.prompt), history_start=self.history_start,
-                         history_length=len(self.tokens), prompt_length=len(self.prompt), target=target)  # fmt: skip
+        assert self.history is not None
+        length, prompt = len(self.tokens), len(self.prompt)
+        start, seen = self.history.span(self.slot, length)
+        self.params.fill(entry, index=length - prompt, history_start=start, history_length=seen,
+                         prompt_length=max(0, prompt - (length - seen)), target=target)  # fmt: skip
 
     def _accept_logits(self, sampled: Sampled) -> None:
         assert sampled.logits is not None

@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 
 from engine import machine
-from engine.abi import BFLOAT16, FLOAT32
+from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
+from engine.attention_choice import AttentionChoice
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.device import Device, NotFiniteError, Progress
 from engine.errors import RillError, UsageError
-from engine.kvcache import PAGE, KVCache, cache_tensors
+from engine.kvcache import KVCache, cache_tensors, group_layers, pages_of
 from engine.model.decoder import Decoder
+from engine.ops.kv_store import Pages
 from engine.ops.sample import Sample
 from engine.plan import Plan, Tensor, label_of
 from engine.step import LOGIT_ROWS, Step
 
 MAX_ROWS = 512  # of a step: a prompt takes one pass over the weights for so many tokens
-KV_DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+KV_DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16, "int8": INT8}
 GIB = 1 << 30
 
 
@@ -57,7 +59,8 @@ class Sampled:
 
 
 class Runner:
-    """The plan of a checkpoint on a device. Raises RillError where memory would not suffice; `load` reads the weights.
+    """The plan of a checkpoint on a device. max_seq_len: positions of a sequence; where `attention` is endless, how far
+    back penalties look. Raises RillError where memory would not suffice; `load` reads the weights.
     """
 
     def __init__(
@@ -68,33 +71,49 @@ class Runner:
         *,
         dtype: str,
         kv_dtype: str,
+        attention: AttentionChoice,
         max_seq_len: int,
         max_batch: int,
         vocab_size: int,
     ) -> None:
-        self.device, self.config = device, config
+        self.device, self.config, self.attention = device, config, attention
         self.max_rows = max(MAX_ROWS, max_batch)
-        self.model = Decoder(config, checkpoint, dtype, device)
+        self.model = Decoder(config, checkpoint, dtype, attention, device)
         self.weights = list(self.model.weights())
         if kv_dtype == "auto":
             kv_dtype = "float32" if self.model.embedding.table.dtype == FLOAT32 else "bfloat16"
         self.kv_dtype = kv_dtype
-        self.pages_per_seq = -(-max_seq_len // PAGE)
-        pages = self.pages_per_seq * max_batch
-        self.layers = cache_tensors(config.num_hidden_layers, pages, config.num_key_value_heads, config.head_dim,
-                                    KV_DTYPES[kv_dtype])  # fmt: skip
-        self.page_bytes = (len(self.layers) * config.num_key_value_heads
-                           * device.cache_bytes(KV_DTYPES[kv_dtype], config.head_dim))  # fmt: skip
-        self.cache_capacity_bytes = pages * self.page_bytes  # the most that the cache can come to take
+        self.groups = group_layers([attention.policy(own) for own in config.sliding_windows], self.max_rows,
+                                   None if attention.is_endless else pages_of(max_seq_len))  # fmt: skip
+        self.page_bytes = config.num_key_value_heads * device.cache_bytes(KV_DTYPES[kv_dtype], config.head_dim)
+        self.pages_per_seq = sum(group.entries * len(group.layers) for group in self.groups)  # of all layers
+        self.cache_capacity_bytes = max_batch * self.pages_per_seq * self.page_bytes  # the most it can come to take
         self._check_memory()
         self.plan = Plan(device)
-        self.step = Step(device, self.plan, self.max_rows, max_batch, self.pages_per_seq)
-        self.cache = KVCache(self.layers, self.step.arrays["page_table"], pages)
-        self._record(vocab_size)
+        entries = sum(group.entries for group in self.groups)
+        self.step = Step(device, self.plan, self.max_rows, max_batch, entries, max_seq_len)
+        self.caches: list[KVCache] = []  # one a group
+        self._record(self._allot(max_batch), vocab_size)
 
-    def _record(self, vocab_size: int) -> None:
+    def _allot(self, slots: int) -> list[Pages]:
+        """Makes the caches, each with its columns of the step's page table. Returns where each layer's pages are."""
+        shape = self.config.num_key_value_heads, self.config.head_dim, KV_DTYPES[self.kv_dtype]
+        pages: dict[int, Pages] = {}
+        start = 0
+        for group in self.groups:
+            columns = start, start + group.entries
+            layers = cache_tensors(len(group.layers), slots * group.entries, *shape)
+            table = self.step.tensors["page_table"].columns(*columns)
+            self.caches.append(KVCache(layers, self.step.arrays["page_table"][:, slice(*columns)],
+                                       slots * group.entries, group.policy.window, group.ring))  # fmt: skip
+            pages.update((i, Pages(kv, table, group.ring)) for i, kv in zip(group.layers, layers, strict=True))
+            start += group.entries
+        return [pages[i] for i in sorted(pages)]
+
+    def _record(self, pages: list[Pages], vocab_size: int) -> None:
         inputs = self.step.tensors
-        self.logits = self.plan.keep(self.model.record(self.step, self.layers))
+        self.layers = [each.kv for each in pages]
+        self.logits = self.plan.keep(self.model.record(self.step, pages))
         self.head = len(self.plan.nodes) - 1  # from here on a replay may be repeated for more rows of logits
         self.plan.keep(self.plan.nodes[self.head].tensors["x"])
         sample = Sample(vocab_size, name="sample", device=self.device)
@@ -108,7 +127,19 @@ class Runner:
 
     @property
     def cache_used_bytes(self) -> int:
-        return self.cache.used_pages() * self.page_bytes
+        return sum(cache.used_pages() * len(cache.layers) for cache in self.caches) * self.page_bytes
+
+    def usable(self, slot: int, length: int) -> int:
+        """How many of a slot's first `length` positions every layer can go on from."""
+        return min(cache.usable(slot, length) for cache in self.caches)
+
+    def truncate(self, slot: int, length: int) -> int:
+        """Forgets a slot's positions from `length` on. Returns the length that is still usable, perhaps 0: all groups
+        of layers keep the same."""
+        length = self.usable(slot, length)
+        for cache in self.caches:
+            cache.truncate(slot, length)
+        return length
 
     def load(self, progress: Progress | None = None) -> None:
         """Reads the weights and lowers the plan."""
@@ -119,12 +150,13 @@ class Runner:
 
     def _check_memory(self) -> None:
         free = machine.free_memory()
+        lower = "window" if self.attention.is_endless else "max_seq_len"
         need = self.weight_bytes + self.cache_capacity_bytes + self._activation_bytes()
         if self.device.type in ("cpu", "numpy") and free is not None and need > free:
             raise RillError(
                 f"needs {need / GIB:.2f} GiB ({self.weight_bytes / GIB:.2f} for weights, "
                 f"{self.cache_capacity_bytes / GIB:.2f} for a full KV cache), {free / GIB:.2f} GiB are free: "
-                "lower max_seq_len or max_batch, or take a smaller model"
+                f"lower {lower} or max_batch, or take a smaller model"
             )
 
     def _activation_bytes(self) -> int:
@@ -138,7 +170,8 @@ class Runner:
         made again.
         """
         for segment in segments:
-            self.cache.reserve(segment.slot, segment.first_pos + len(segment.tokens))
+            for cache in self.caches:
+                cache.reserve(segment.slot, segment.first_pos + len(segment.tokens))
         self.step.set_rows(
             [token for s in segments for token in s.tokens],
             [s.first_pos + i for s in segments for i in range(len(s.tokens))],
@@ -171,11 +204,6 @@ class Runner:
                     logits[i].copy() if logits is not None and want.keep_logits else None)
             for i, want in enumerate(wants)
         ]  # fmt: skip
-
-    def write_history(self, slot: int, position: int, tokens: Sequence[int]) -> None:
-        """Notes tokens of a slot's sequence from a position on: penalties look at them."""
-        start = slot * self.step.history_length + position
-        self.step.arrays["history"][start : start + len(tokens)] = tokens
 
     def first_not_finite(self, rows: range) -> str:
         """Replays the last step node by node; names the first node whose output for these rows is not finite."""

@@ -111,7 +111,8 @@ class Scheduler:
         for part in parts:
             request = part.request
             request.computed += len(part.segment.tokens)
-            self.runner.write_history(request.slot, request.computed, request.tokens[request.computed :])
+            if request.computed + 1 == len(request.tokens):
+                self.runner.step.history.write(request.slot, request.computed, request.tokens[-1:])
             if request.want_logits and request.computed == len(request.tokens):
                 request.finish_reason = "stop"
         self._release([r for r in self.running if r.finish_reason])
@@ -133,13 +134,13 @@ class Scheduler:
                 self._end(request)
                 continue
             slot = max(sorted(self.free_slots), key=lambda s: self._gain(s, request))
-            request.slot, request.history_start = slot, slot * self.runner.step.history_length
+            request.slot, request.history = slot, self.runner.step.history
             self.running.append(request)
             self.free_slots.remove(slot)
-            request.computed = self.runner.cache.truncate(slot, self._reusable(slot, request))
+            request.computed = self.runner.truncate(slot, self._reusable(slot, request))
             request.timings.cached_tokens = request.computed
             request.started = time.perf_counter()
-            self.runner.write_history(slot, 0, request.prompt)
+            request.history.write(slot, 0, request.prompt)
 
     def _next_waiting(self) -> Request | None:
         with self.changed:
@@ -147,7 +148,9 @@ class Scheduler:
 
     def _reusable(self, slot: int, request: Request) -> int:
         """Tokens of the prompt that a slot holds already. One row at least must be computed, for its logits."""
-        return 0 if request.needs_every_row else common_prefix(self.cached[slot], request.prompt[:-1])
+        if request.needs_every_row:
+            return 0
+        return self.runner.usable(slot, common_prefix(self.cached[slot], request.prompt[:-1]))
 
     def _gain(self, slot: int, request: Request) -> int:
         """What a request saves in a slot, less what is thrown away there: a conversation keeps its slot."""

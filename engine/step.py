@@ -6,6 +6,8 @@ decode (one row) and batched decode (one row of each of many) are the same thing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engine.abi import constants, struct_dtype
@@ -15,6 +17,27 @@ from engine.plan import Plan, Tensor
 LOGIT_ROWS = int(constants.LOGIT_ROWS)
 
 
+class History:
+    """The last `reach` tokens of each slot's sequence, which penalties look at: array [slots · 2 · reach]. A token
+    stands at its position modulo reach and once more `reach` further on, so that the last ones always lie in a row.
+    """
+
+    def __init__(self, array: np.ndarray, reach: int) -> None:
+        self.reach = reach
+        self.slots = array.reshape(-1, 2 * reach) if reach else array
+
+    def write(self, slot: int, position: int, tokens: Sequence[int]) -> None:
+        """Notes tokens of a slot's sequence from a position on."""
+        last = tokens[-self.reach :]
+        at = np.arange(position + len(tokens) - len(last), position + len(tokens)) % self.reach
+        self.slots[slot, at] = self.slots[slot, at + self.reach] = last
+
+    def span(self, slot: int, length: int) -> tuple[int, int]:
+        """Where the last tokens of a sequence of that length start, and how many they are."""
+        count = min(length, self.reach)
+        return 2 * self.reach * slot + (length - count) % self.reach, count
+
+
 class Step:
     """Arrays to fill before a replay, and the tensors that the plan reads them by.
 
@@ -22,20 +45,19 @@ class Step:
     token, pos, seq [max_rows]  per row; seq is a slot of the cache
     row_index [LOGIT_ROWS]      which rows want logits
     sampling [LOGIT_ROWS]       what their logits are for (struct sampling of abi.h)
-    page_table [slots, pages]   pages of each slot's sequence, in order
-    history [slots * length]    the tokens of each slot's sequence
+    page_table [slots, pages]   pages of each slot's sequence: side by side, the table of each group of layers
+    history                     tokens of each slot's sequence, at most `reach` (class History)
     """
 
-    def __init__(self, device: Device, plan: Plan, max_rows: int, slots: int, pages: int) -> None:
+    def __init__(self, device: Device, plan: Plan, max_rows: int, slots: int, pages: int, reach: int = 0) -> None:
         int32 = np.dtype(np.int32)
-        history = pages * constants.PAGE
         layout = {
             "rows": ((1,), int32), "logit_rows": ((1,), int32),
             "token": ((max_rows,), int32), "pos": ((max_rows,), int32), "seq": ((max_rows,), int32),
             "row_index": ((LOGIT_ROWS,), int32), "sampling": ((LOGIT_ROWS,), struct_dtype("sampling")),
-            "page_table": ((slots, pages), int32), "history": ((slots * history,), int32),
+            "page_table": ((slots, pages), int32), "history": ((slots * 2 * reach,), int32),
         }  # fmt: skip
-        self.max_rows, self.history_length = max_rows, history
+        self.max_rows = max_rows
         sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in layout.items()}
         offsets = np.concatenate([[0], np.cumsum([-(-size // 64) * 64 for size in sizes.values()])])
         unaligned = np.zeros(offsets[-1] + 64, np.uint8)
@@ -50,6 +72,7 @@ class Step:
             tensor = Tensor(shape, dtype, f"step.{name}", plan, rows)
             device.share(tensor, array)
             self.arrays[name], self.tensors[name] = array, tensor
+        self.history = History(self.arrays["history"], reach)
 
     def set_rows(self, token: list[int], pos: list[int], seq: list[int]) -> None:
         """The rows of the next replay; rows of one sequence stand together, in order of position."""

@@ -13,7 +13,7 @@ enum {
     MAX_LOGPROBS = 20   /* most alternatives reported for a token */
 };
 
-enum dtype { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2 };
+enum dtype { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2, DTYPE_I8 = 3 };
 
 enum status {
     STATUS_OK = 0,
@@ -94,51 +94,69 @@ struct logits {
 void logits(const struct logits *op, struct worker *me);
 int64_t logits_scratch(const struct logits *op, int32_t threads, int32_t max_rows);
 
-/* angles[r] = cos and sin of pos[r] · inv_freq, in double precision, times `scaling`: [width/2 cos | width/2 sin]. */
+/* angles[r] = cos and sin of min(pos[r], last_pos) · inv_freq, in double precision, times `scaling`:
+ * [width/2 cos | width/2 sin]. */
 struct rope_angles {
     const int32_t *rows;
     const int32_t *pos;
     const double *inv_freq;
     float *angles;
-    int32_t angles_width;
+    int32_t angles_width, last_pos;
     float scaling;
 };
 void rope_angles(const struct rope_angles *op, struct worker *me);
 
-/* Rotates each head of x in place, first half of the head against second half. */
+/* out = each head of x, its first half rotated against its second half. out may be x. */
 struct rope {
     const int32_t *rows;
-    const float *angles;
-    float *x;
-    int32_t angles_width, x_width, x_stride;
+    const float *angles, *x;
+    float *out;
+    int32_t angles_width, x_width, x_stride, out_stride;
 };
 void rope(const struct rope *op, struct worker *me);
 
-/* Writes one position of keys and values into the pages of a layer: kv [page][head][K, V].
- * f32: K [head_dim][PAGE], V [PAGE][width]. bf16: pairs, K [head_dim/2][PAGE][2], V [PAGE/2][width][2]; width is
- * head_dim rounded up to whole panels. */
+/* The KV cache of a layer: kv [kv_pages][kv_head][K, V]. Of the pages of a sequence, in order, entry i of its row in
+ * page_table names the i-th; where ring_pages > 0, the first sink_pages entries stay and those after them are used in
+ * turn, so that a sequence has no end (page.h).
+ * f32, f16: K [head_dim][PAGE], V [PAGE][width]. bf16: pairs, K [head_dim/2][PAGE][2], V [PAGE/2][width][2]. i8: quads,
+ * K [head_dim/4][PAGE][4], V [PAGE/4][width][4], and after all pages [kv_pages][kv_head][2][PAGE] f32, the scales of
+ * keys and of values. width is head_dim rounded up to whole panels. */
+
+/* Writes one position of keys and values for each row. */
 struct kv_store {
     const int32_t *rows;
     const int32_t *pos, *seq, *page_table;
     const float *k, *v;
     void *kv;
-    int32_t kv_dtype, k_width, k_stride, v_stride, page_table_stride, head_dim;
+    int32_t kv_dtype, k_width, k_stride, v_stride, page_table_stride, head_dim, kv_pages, sink_pages, ring_pages;
 };
 void kv_store(const struct kv_store *op, struct worker *me);
 
-/* Multi-head attention that materialises the scores: each row sees the positions up to its own, at most `window`
- * of them when window > 0. Query head h reads KV head h / (heads / kv_heads). */
+/* Attention of each row to the positions up to its own; where window > 0, to the last `window` of them and to the first
+ * `sink`, which it sees by q_sink (NULL: none). Query head h reads KV head h / (heads / kv_heads). Rows outside
+ * [from_pos, until_pos) are left alone. */
 struct attention {
     const int32_t *rows;
     const int32_t *pos, *seq, *page_table;
-    const float *q;
+    const float *q, *q_sink;
     const void *kv;
     float *out;
-    int32_t kv_dtype, q_stride, out_stride, page_table_stride, heads, kv_heads, head_dim, window;
+    int32_t kv_dtype, q_stride, q_sink_stride, out_stride, page_table_stride, heads, kv_heads, head_dim, kv_pages;
+    int32_t window, sink, sink_pages, ring_pages;
+    int32_t q_block, kv_block; /* queries and keys to a block of flash and streaming attention */
+    int32_t from_pos, until_pos;
     float scale;
 };
+/* All scores of a row at once. */
 void attention(const struct attention *op, struct worker *me);
 int64_t attention_scratch(const struct attention *op, int32_t threads, int32_t max_rows);
+/* Tiles of queries times blocks of keys, with a softmax that is mended as it goes. Absent where the library was built
+ * without USE_FLASH_ATTENTION. */
+void flash_attention(const struct attention *op, struct worker *me);
+int64_t flash_attention_scratch(const struct attention *op, int32_t threads, int32_t max_rows);
+/* The same sums over ranges of keys, each on its own, merged in order. */
+void streaming_attention(const struct attention *op, struct worker *me);
+int64_t streaming_attention_scratch(const struct attention *op, int32_t threads, int32_t max_rows);
 
 /* out = silu(gate) · up, where x = [gate | up]. */
 struct swiglu {
@@ -197,7 +215,11 @@ void unpack_matrix(const void *packed, int32_t dtype, int32_t k, int32_t first, 
 /* Reads all of a memory on all threads, each its share as that many parallel streams: to be timed. */
 uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t streams);
 
-/* The layout of one head in a page, for those who read the cache from outside. */
+/* Does `rounds` of the multiply-adds that products with weights or a cache of that dtype are made of, on all threads, in
+ * registers alone: to be timed. Returns the floating-point operations. */
+int64_t multiply_in_registers(int32_t dtype, int64_t rounds, int32_t threads);
+
+/* Bytes of one head in a page of the cache, scales included. */
 int64_t kv_head_bytes(int32_t dtype, int32_t head_dim);
 
 /* Whether this CPU and its operating system run the library of that name. */

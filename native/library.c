@@ -1,9 +1,28 @@
 /* What a caller asks a library about itself. */
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "page.h"
 
 int64_t kv_head_bytes(int32_t dtype, int32_t head_dim)
 {
-    return page_head_bytes(dtype, head_dim);
+    return page_head_bytes(dtype, head_dim) + page_scales(dtype) * 4;
+}
+
+/* Whether there is a tile unit for bf16, and whether the kernel lets this process use it: it must be asked. */
+static bool has_amx(void)
+{
+#if defined(__x86_64__) && defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE) &&
+           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
 }
 
 int32_t isa_supported(const char *name)
@@ -22,6 +41,8 @@ int32_t isa_supported(const char *name)
         return vnni;
     if (!strcmp(name, "avx512_bf16"))
         return vnni && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(name, "avx512_amx"))
+        return vnni && __builtin_cpu_supports("avx512bf16") && has_amx();
 #endif
     return !strcmp(name, "baseline");
 }

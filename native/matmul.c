@@ -1,5 +1,6 @@
 /* Packed matrix times one row or many, the same arithmetic for both: each output is one chain over k. Threads share
  * out the panels, the same way for every step, so that each reads the weights that it put into memory itself. */
+#include "amx.h"
 #include "tile.h"
 
 enum {
@@ -25,8 +26,17 @@ static int64_t packed_floats(int32_t dtype, int64_t k)
     return round_up(k, 2) / 2 * BF16_FLOATS;
 }
 
-static int64_t scratch_bytes(int32_t dtype, int64_t k, int64_t rows)
+#ifdef __AMX_BF16__
+static int64_t amx_scratch(int64_t k, int64_t rows, int32_t threads);
+#endif
+
+static int64_t scratch_bytes(int32_t dtype, int64_t k, int64_t rows, int32_t threads)
 {
+#ifdef __AMX_BF16__
+    if (dtype == DTYPE_BF16)
+        return amx_scratch(k, rows, threads);
+#endif
+    (void)threads;
     return packed_floats(dtype, k) * rows * 4;
 }
 
@@ -118,8 +128,77 @@ typedef void kernel(const struct product *p, const float *packed, int64_t first,
 static kernel *const rows_of[] = {[LINE_F32] = rows_f32, [LINE_F16] = rows_f16, [LINE_BF16] = rows_bf16};
 static kernel *const tile_of[] = {[LINE_F32] = tile_f32, [LINE_F16] = tile_f16, [LINE_BF16] = tile_bf16};
 
+#ifdef __AMX_BF16__
+enum { BLOCK = 16, PANELS = 2 }; /* rows of a tile; panels that share a reading of x */
+
+/* x as the tile unit wants it: tiles of 16 rows and 32 inputs, one after the other. */
+static int64_t amx_block_bytes(int64_t k) { return round_up(k, 32) / 32 * 1024; }
+
+static void amx_pack_x(const struct product *p, struct worker *me, char *packed)
+{
+    struct range rows = my_share(me, p->rows);
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+        const float *x = p->x + (p->row_index ? p->row_index[row] : row) * p->x_stride;
+        char *to = packed + row / BLOCK * amx_block_bytes(p->k) + row % BLOCK * 64;
+        for (int64_t i = 0; i < p->k; i += 32, to += 1024) {
+            int64_t left = p->k - i;
+            vec_store_bf16((uint16_t *)to, vec_load_upto(x + i, left));
+            vec_store_bf16((uint16_t *)to + 16, left > 16 ? vec_load_upto(x + i + 16, left - 16) : vec_set(0.0f));
+        }
+    }
+}
+
+/* out[all rows][of `panels` panels]. The last ones, and those with a bias, go through a buffer. */
+static void amx_multiply(const struct product *p, const char *packed, float *buffer, int64_t panel, int64_t panels)
+{
+    int64_t bytes = panel_bytes(p->dtype, p->k), column = panel * PANEL, width = min_i64(panels * PANEL, p->out_width - column);
+    const char *weight = p->weight + panel * bytes;
+    bool direct = !p->bias && width == panels * PANEL;
+    struct amx_product product = {.a = packed, .a_row = 64, .a_step = 1024, .a_block = amx_block_bytes(p->k), .b = &weight,
+                                  .pieces = 1, .depth = (p->k + 1) / 2, .b_step = 64, .b_column = bytes,
+                                  .c = direct ? p->out + column : buffer,
+                                  .c_row = direct ? p->out_stride : PANELS * PANEL};
+    amx_product(&product, p->rows, panels);
+    if (direct)
+        return;
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t i = 0; i < width; i += LANES) {
+            vec sum = vec_load(buffer + r * PANELS * PANEL + i);
+            if (p->bias)
+                sum = vec_add(sum, vec_load_upto(p->bias + column + i, width - i));
+            vec_store_upto(p->out + r * p->out_stride + column + i, sum, width - i);
+        }
+}
+
+static int64_t amx_scratch(int64_t k, int64_t rows, int32_t threads)
+{
+    int64_t blocks = round_up(rows, BLOCK) / BLOCK;
+    return blocks * amx_block_bytes(k) + threads * blocks * BLOCK * PANELS * PANEL * 4;
+}
+
+static void multiply_by_tiles(const struct product *p, struct worker *me)
+{
+    int64_t blocks = round_up(p->rows, BLOCK) / BLOCK;
+    char *packed = me->team->scratch;
+    float *buffer = (float *)(packed + blocks * amx_block_bytes(p->k)) + me->index * blocks * BLOCK * PANELS * PANEL;
+    amx_pack_x(p, me, packed);
+    if (!team_wait(me))
+        return;
+    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
+    int64_t together = p->rows == 1 ? 1 : PANELS; /* one row waits for memory: one straight stream */
+    for (int64_t panel = panels.begin; panel < panels.end && !cancelled(me); panel += together)
+        amx_multiply(p, packed, buffer, panel, min_i64(together, panels.end - panel));
+}
+#endif
+
 static void multiply(const struct product *p, struct worker *me)
 {
+#ifdef __AMX_BF16__
+    if (p->dtype == DTYPE_BF16) {
+        multiply_by_tiles(p, me);
+        return;
+    }
+#endif
     float *packed = (float *)me->team->scratch;
     kernel *rows = rows_of[line_of(p->dtype)], *tile = tile_of[line_of(p->dtype)];
     pack_x(p, me, packed);
@@ -150,8 +229,7 @@ void matmul(const struct matmul *op, struct worker *me)
 
 int64_t matmul_scratch(const struct matmul *op, int32_t threads, int32_t max_rows)
 {
-    (void)threads;
-    return scratch_bytes(op->weight_dtype, op->x_width, max_rows);
+    return scratch_bytes(op->weight_dtype, op->x_width, max_rows, threads);
 }
 
 void logits(const struct logits *op, struct worker *me)
@@ -164,6 +242,5 @@ void logits(const struct logits *op, struct worker *me)
 
 int64_t logits_scratch(const struct logits *op, int32_t threads, int32_t max_rows)
 {
-    (void)threads;
-    return scratch_bytes(op->weight_dtype, op->x_width, max_rows);
+    return scratch_bytes(op->weight_dtype, op->x_width, max_rows, threads);
 }

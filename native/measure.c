@@ -1,5 +1,6 @@
 /* What the machine can do at best, measured in the same process as what is held against it. */
-#include "native.h"
+#include "amx.h"
+#include "tile.h"
 
 /* The xor of all 8-byte words, read as `streams` parallel runs: CPUs differ in how many their prefetchers like. */
 static uint64_t read_streams(const uint64_t *words, int64_t count, int64_t streams)
@@ -27,4 +28,62 @@ uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t s
         all ^= read_streams((const uint64_t *)data + mine.begin * 8, (mine.end - mine.begin) * 8, streams);
     }
     return all;
+}
+
+#if LANES == 16
+#define KEPT(x) "+v"(x)
+#else
+#define KEPT(x) "+x"(x)
+#endif
+
+enum { CHAINS = ACCUMULATORS }; /* independent sums: more than a unit has in flight */
+
+/* The multiply-adds of a tile with everything in registers. The assembly stands for a use of the sums. */
+INLINE void multiply_rounds(int64_t rounds, const enum line kind)
+{
+    vec acc[CHAINS], x = vec_set(1e-9f), w = vec_set(1.0f);
+#pragma GCC unroll 24
+    for (int i = 0; i < CHAINS; i++)
+        acc[i] = vec_set((float)i);
+    for (int64_t n = 0; n < rounds; n++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < CHAINS; i++)
+            acc[i] = multiply_add(w, x, acc[i], kind);
+#if defined(__GNUC__) && LANES > 4
+#pragma GCC unroll 24
+        for (int i = 0; i < CHAINS; i++)
+            __asm__ volatile("" : KEPT(acc[i]));
+#else
+        __asm__ volatile("" ::: "memory");
+#endif
+    }
+}
+
+int64_t multiply_in_registers(int32_t dtype, int64_t rounds, int32_t threads)
+{
+#ifdef __AMX_BF16__
+    if (dtype == DTYPE_BF16) {
+        int64_t products = 0;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : products)
+#endif
+        for (int32_t t = 0; t < threads; t++) {
+            amx_begin();
+            products += amx_in_registers(rounds);
+            amx_end();
+        }
+        return products * 2;
+    }
+#endif
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+#endif
+    for (int32_t t = 0; t < threads; t++) {
+        if (dtype == DTYPE_BF16)
+            multiply_rounds(rounds, LINE_BF16);
+        else
+            multiply_rounds(rounds, LINE_F32);
+    }
+    int64_t inputs = dtype == DTYPE_BF16 && BF16_FLOATS == 1 ? 2 : 1;
+    return rounds * threads * CHAINS * LANES * inputs * 2;
 }

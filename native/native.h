@@ -92,4 +92,25 @@ static inline float f16_to_f32(uint16_t h)
     return magnitude;
 }
 
+/* Rounds to nearest even; too large becomes infinity, NaN stays NaN. */
+static inline uint16_t f32_to_f16(float f)
+{
+    uint32_t bits, sign;
+    memcpy(&bits, &f, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00);
+    if (bits >= 0x477ff000) /* rounds to 65,536 or more */
+        return (uint16_t)(sign | 0x7c00);
+    if (bits < 0x38800000) { /* subnormal: adding 0.5 leaves the right bits at the end */
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    return (uint16_t)(sign | (bits + 0xc8000fff + (bits >> 13 & 1)) >> 13);
+}
+
 #endif

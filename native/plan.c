@@ -11,7 +11,7 @@
 #define give_way() ((void)0)
 #endif
 
-#include "native.h"
+#include "amx.h"
 
 /* A wait is normally tens of nanoseconds. After this many looks the other thread has no core: give it this one. */
 enum { PATIENCE = 2000 };
@@ -84,11 +84,13 @@ int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struc
 #pragma omp single
         team.threads = omp_get_num_threads(); /* fewer than asked for, inside somebody's parallel region */
 #endif
+        amx_begin();
         for (int32_t i = 0; i < count; i++) {
             nodes[i].run(nodes[i].op, &me);
             if (!team_wait(&me))
                 break;
         }
+        amx_end();
     }
     (void)threads;
     if (control->status == STATUS_OK && look(&control->cancel))

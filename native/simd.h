@@ -34,7 +34,14 @@ INLINE vec vec_exp2i(vec n) /* 2^n for integral n */
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+#define LOWEST_EXPONENT -300.0f /* vec_scale2 makes zero of it */
+INLINE vec vec_scale2(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x · 2^n for integral n */
 INLINE vec line_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE vec line_i8(const void *p, const int byte) /* one of the four bytes of each unit */
+{
+    __m512i line = _mm512_loadu_si512(p);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * byte), 24));
+}
 INLINE vec line_even(const void *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 INLINE vec line_odd(const void *p)
 {
@@ -79,6 +86,7 @@ INLINE vec vec_dot_bf16(vec w, vec x, vec acc)
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
     return acc;
 }
+INLINE void vec_store_bf16(uint16_t *p, vec x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -105,6 +113,11 @@ INLINE vec vec_exp2i(vec n)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INLINE vec line_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE vec line_i8(const void *p, const int byte)
+{
+    __m256i line = _mm256_loadu_si256(p);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(line, 24 - 8 * byte), 24));
+}
 INLINE vec line_even(const void *p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(p), 16)); }
 INLINE vec line_odd(const void *p)
 {
@@ -173,6 +186,12 @@ INLINE vec line_f16(const void *p)
     memcpy(h, p, sizeof h);
     EACH(f16_to_f32(h[i]));
 }
+INLINE vec line_i8(const void *p, const int byte)
+{
+    int8_t w[4 * LANES];
+    memcpy(w, p, sizeof w);
+    EACH((float)w[4 * i + byte]);
+}
 INLINE vec line_even(const void *p)
 {
     uint32_t w[LANES];
@@ -205,6 +224,8 @@ INLINE void transpose_units(const char *const row[PANEL], int64_t at, uint32_t *
 #define VECTORS (PANEL / LANES)
 
 #if LANES < 16
+#define LOWEST_EXPONENT -127.0f
+INLINE vec vec_scale2(vec x, vec n) { return vec_mul(x, vec_exp2i(n)); }
 INLINE float vec_reduce_add(vec x)
 {
     float lane[LANES];
@@ -241,6 +262,20 @@ INLINE vec vec_exp(vec x)
     p = vec_fma(p, r, vec_set(5.0000001201e-1f));
     p = vec_fma(vec_mul(r, r), p, vec_add(r, vec_set(1.0f)));
     return vec_unless_below(x, -87.0f, vec_mul(p, vec_exp2i(n)));
+}
+
+/* 2^x for x <= 127, within 2e-7; 0 below -126 or further down, NaN for NaN. A minimax polynomial of degree 5. */
+INLINE vec vec_exp2(vec x)
+{
+    vec clamped = vec_max(vec_set(LOWEST_EXPONENT), x);
+    vec n = vec_round(clamped), r = vec_sub(clamped, n);
+    vec p = vec_set(1.326472707e-3f);
+    p = vec_fma(p, r, vec_set(9.671512649e-3f));
+    p = vec_fma(p, r, vec_set(5.550733744e-2f));
+    p = vec_fma(p, r, vec_set(2.402224209e-1f));
+    p = vec_fma(p, r, vec_set(6.931469776e-1f));
+    p = vec_fma(p, r, vec_set(1.0f));
+    return vec_scale2(p, n);
 }
 
 /* Loops over `width` floats, LANES at a time; the tail goes through a zero-filled copy, so that every element sees

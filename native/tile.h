@@ -4,13 +4,14 @@
  *
  * B is read in lines (see simd.h). A holds, for each line, what B's kind wants:
  *   LINE_F32, LINE_F16   one float
- *   LINE_BF16            a pair: two bf16 in an int32 where the dot instruction exists, else two floats */
+ *   LINE_BF16            a pair: two bf16 in an int32 where the dot instruction exists, else two floats
+ *   LINE_I8              four floats */
 #ifndef TILE_H
 #define TILE_H
 
 #include "simd.h"
 
-enum line { LINE_F32, LINE_F16, LINE_BF16 };
+enum line { LINE_F32, LINE_F16, LINE_BF16, LINE_I8 };
 
 #ifdef BF16_DOT
 enum { BF16_FLOATS = 1 }; /* floats of A that a bf16 line takes */
@@ -28,21 +29,27 @@ struct tile {
 
 INLINE enum line line_of(int32_t dtype)
 {
-    return dtype == DTYPE_F32 ? LINE_F32 : dtype == DTYPE_F16 ? LINE_F16 : LINE_BF16;
+    return dtype == DTYPE_F32 ? LINE_F32 : dtype == DTYPE_F16 ? LINE_F16 : dtype == DTYPE_I8 ? LINE_I8 : LINE_BF16;
 }
 
-/* One vector of a line. `half`: of a bf16 line that is widened, the even or the odd inputs. */
-INLINE vec line_load(const char *p, const enum line kind, const int half)
+/* Floats of A that a line of B takes; bytes of a line of one panel. */
+INLINE int line_floats(const enum line kind) { return kind == LINE_BF16 ? BF16_FLOATS : kind == LINE_I8 ? 4 : 1; }
+INLINE int line_bytes(const enum line kind) { return PANEL * (kind == LINE_F16 ? 2 : 4); }
+
+/* One vector of a line. `part`: which inputs, where a line is widened: the even or the odd ones, one of four. */
+INLINE vec line_load(const char *p, const enum line kind, const int part)
 {
+    if (kind == LINE_I8)
+        return line_i8(p, part);
     if (kind == LINE_F32)
         return vec_load((const float *)p);
     if (kind == LINE_F16)
         return line_f16(p);
 #ifdef BF16_DOT
-    (void)half;
+    (void)part;
     return vec_load((const float *)p);
 #else
-    return half ? line_odd(p) : line_even(p);
+    return part ? line_odd(p) : line_even(p);
 #endif
 }
 
@@ -56,29 +63,44 @@ INLINE vec multiply_add(vec w, vec x, vec acc, const enum line kind)
     return vec_fma(w, x, acc);
 }
 
+/* Keeps a compiler from deriving one pointer from another, for which it would run out of registers. */
+#ifdef __GNUC__
+#define HIDE(pointer) __asm__("" : "+r"(pointer))
+#else
+#define HIDE(pointer) ((void)0)
+#endif
+
 /* acc[rows][columns * VECTORS] += tile. `rows`, `columns` and `kind` must be constants where this is called. */
 INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, const int columns, const enum line kind)
 {
-    const int width = columns * VECTORS, halves = kind == LINE_BF16 ? BF16_FLOATS : 1;
-    const int lane_bytes = kind == LINE_F16 ? 2 : 4;
+    const int width = columns * VECTORS, parts = line_floats(kind), vector_bytes = line_bytes(kind) / VECTORS;
     const int64_t a_row = t->a_row, a_step = t->a_step, b_step = t->b_step, b_column = t->b_column;
-    const float *a = t->a;
+    const float *a[4]; /* rows 0, 3, 6 and 9: three rows to a pointer is what addresses can express */
+#pragma GCC unroll 4
+    for (int i = 0; i < (rows + 2) / 3; i++)
+        a[i] = t->a + 3 * i * a_row;
     const char *b = t->b;
-    for (int64_t k = 0; k < t->depth; k++, a += a_step, b += b_step)
-#pragma GCC unroll 2
-        for (int half = 0; half < halves; half++) {
+    for (int64_t k = 0; k < t->depth; k++, b += b_step) {
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; part++) {
             vec w[ACCUMULATORS];
 #pragma GCC unroll 24
             for (int i = 0; i < width; i++)
-                w[i] = line_load(b + i / VECTORS * b_column + i % VECTORS * LANES * lane_bytes, kind, half);
+                w[i] = line_load(b + i / VECTORS * b_column + i % VECTORS * vector_bytes, kind, part);
 #pragma GCC unroll 24
             for (int r = 0; r < rows; r++) {
-                vec x = vec_set(a[r * a_row + half]);
+                vec x = vec_set(a[r / 3][r % 3 * a_row + part]);
 #pragma GCC unroll 24
                 for (int i = 0; i < width; i++)
                     acc[r * width + i] = multiply_add(w[i], x, acc[r * width + i], kind);
             }
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < (rows + 2) / 3; i++) {
+            a[i] += a_step;
+            HIDE(a[i]);
+        }
+    }
 }
 
 INLINE void tile_clear(vec *acc, const int rows, const int columns)
@@ -86,6 +108,30 @@ INLINE void tile_clear(vec *acc, const int rows, const int columns)
 #pragma GCC unroll 24
     for (int i = 0; i < rows * columns * VECTORS; i++)
         acc[i] = vec_set(0.0f);
+}
+
+/* C (+)= A · B for any number of rows and panels, where B is cut along its depth into pieces that lie anywhere. In a
+ * line of B, panels follow one another. */
+struct tile_product {
+    enum line kind;
+    const float *a;
+    int64_t a_row;                  /* floats */
+    const char *const *b;           /* [pieces] */
+    int64_t pieces, depth, b_step;  /* depth of a piece in lines; bytes from line to line */
+    float *c;
+    int64_t c_row;
+    bool add;
+};
+void tile_product(const struct tile_product *p, int64_t rows, int64_t panels);
+/* Rows that fill a register tile. */
+static inline int64_t tile_product_rows(const enum line kind)
+{
+#ifdef __AMX_BF16__
+    if (kind == LINE_BF16)
+        return 32;
+#endif
+    (void)kind;
+    return ACCUMULATORS / (VECTORS * (LANES == 16 ? 2 : 1));
 }
 
 #endif

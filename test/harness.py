@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from engine.abi import BFLOAT16, FLOAT16, FLOAT32
+from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
 from engine.device import Device, open_device
 from engine.device.cpu import available_isas
 from engine.kvcache import PAGE, KVCache, cache_tensors
 from engine.layer import Weight, plan_input
-from engine.ops.attention import MultiHeadAttention
-from engine.ops.kv_store import KVStore
+from engine.ops.attention import KINDS, MultiHeadAttention
+from engine.ops.kv_store import EVERY_PAGE, KVStore, Ring
 from engine.plan import Op, Plan, Tensor
 from engine.step import Step
 
 WEIGHT_DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
-CACHE_DTYPES = (FLOAT32, BFLOAT16)
+CACHE_DTYPES = (FLOAT32, BFLOAT16, FLOAT16, INT8)
 WIDTHS = (1, 2, 15, 16, 17, 31, 33, 72, 128, 1000)  # around every vector and panel
 ROWS = (*range(1, 15), 25, 37, 130)  # around the row tiles of every ISA: 3, 6 and 12
 CANARY = 1e30
@@ -54,7 +54,7 @@ def cpu_devices() -> tuple[Device, ...]:
 
 def rounds_to_bf16(device: Device, dtype: np.dtype) -> bool:
     """Whether the other operand of bf16 weights or caches is rounded to bf16: the bf16 dot instruction."""
-    return getattr(device, "isa", "") == "avx512_bf16" and dtype == BFLOAT16
+    return getattr(device, "isa", "") in ("avx512_bf16", "avx512_amx") and dtype == BFLOAT16
 
 
 def error_limit(device: Device, dtype: np.dtype) -> float:
@@ -205,11 +205,21 @@ class AttentionCase:
     lengths: tuple[int, ...]
     window: int | None = None
     scale: float | None = None
+    kind: str = "standard"
+    sink: int = 0
+    q_block: int | None = None
+    kv_block: int | None = None
+    ring: Ring = EVERY_PAGE
 
     @property
     def pages(self) -> int:
-        """Of the longest sequence."""
-        return -(-max(self.lengths) // PAGE)
+        """Of the longest sequence, as far as they are kept."""
+        return sum(self.ring) or -(-max(self.lengths) // PAGE)
+
+    def layer(self, device: Device) -> MultiHeadAttention:
+        blocks = {} if self.kind in ("standard", "auto") else {"q_block": self.q_block, "kv_block": self.kv_block}
+        sink = {"sink": self.sink} if self.sink else {}
+        return KINDS[self.kind](self.heads, self.scale, self.window, device=device, **blocks, **sink)
 
     @property
     def exact_scale(self) -> float:
@@ -241,17 +251,19 @@ ATTENTION_CASES = (
 
 @dataclass(frozen=True)
 class QKV:
-    """Queries of one sequence [length, heads, head_dim], its keys and values [length, kv_heads, head_dim]."""
+    """Queries of one sequence [length, heads, head_dim], its keys and values [length, kv_heads, head_dim], and the
+    queries that sinks are seen by."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
+    q_sink: np.ndarray
 
 
 def sequences(case: AttentionCase, seed: int = 0) -> list[QKV]:
     """Random values for a case, in float32 as projections give them."""
     rng = np.random.default_rng(seed)
-    heads = (case.heads, case.kv_heads, case.kv_heads)
+    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     return [QKV(*(normal(rng, n, h, case.head_dim) for h in heads)) for n in case.lengths]
 
 
@@ -260,12 +272,22 @@ def exact_attention(
 ) -> np.ndarray:
     """Attention of a sequence in float64, after rounding cache and queries: [length, heads · head_dim]."""
     group, length = case.heads // case.kv_heads, len(sequence.q)
-    q = sequence.q.astype(query_dtype).astype(np.float64)
-    k, v = (np.repeat(x.astype(dtype).astype(np.float64), group, axis=1) for x in (sequence.k, sequence.v))
-    scores = np.einsum("qhd,khd->hqk", q, k) * case.exact_scale
-    distance = np.arange(length)[:, None] - np.arange(length)
-    scores[:, (distance < 0) | (distance >= (case.window or length))] = -np.inf
-    return np.einsum("hqk,khd->qhd", softmax(scores), v).reshape(length, -1)
+    q, q_sink = (x.astype(query_dtype).astype(np.float64) for x in (sequence.q, sequence.q_sink))
+    k, v = (np.repeat(rounded(x, dtype), group, axis=1) for x in (sequence.k, sequence.v))
+    scores = np.einsum("qhd,khd->hqk", q, k)
+    scores[..., : case.sink] = np.einsum("qhd,khd->hqk", q_sink, k[: case.sink])
+    distance, position = np.arange(length)[:, None] - np.arange(length), np.arange(length)
+    outside = (distance >= (case.window or length)) & (position >= case.sink)
+    scores[:, (distance < 0) | outside] = -np.inf
+    return np.einsum("hqk,khd->qhd", softmax(scores * case.exact_scale), v).reshape(length, -1)
+
+
+def rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Keys or values [..., head_dim] as a cache of that dtype holds them, in float64."""
+    if dtype != INT8:
+        return x.astype(dtype).astype(np.float64)
+    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    return np.round(x / np.where(scale == 0, np.float32(1), scale)).astype(np.int8) * scale.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -306,45 +328,54 @@ class AttentionRig:
         self.cache = KVCache([self.kv], table, self.pages)
         table[:] = self.pages - 1
         for slot, length in enumerate(self.case.lengths):
-            used = -(-length // PAGE)
+            used = min(-(-length // PAGE), self.case.pages)
             table[slot, :used] = order[slot * self.case.pages :][:used]
 
     def _record(self, max_rows: int) -> None:
         case, inputs = self.case, self.step.tensors
         q, kv = case.heads * case.head_dim, case.kv_heads * case.head_dim
-        self.columns = np.cumsum([MARGIN, q, MARGIN, kv, MARGIN, kv])
+        self.columns = np.cumsum([MARGIN, q, MARGIN, kv, MARGIN, kv, MARGIN, q])
         width = self.columns[-1] + MARGIN
         self.qkv = Tensor((max_rows, int(width)), FLOAT32, "qkv", self.plan, inputs["rows"])
         self.device.upload(self.qkv, np.full(self.qkv.shape, np.nan, np.float32))
         edges = self.columns.tolist()
-        queries, keys, values = (self.qkv.columns(*edges[i : i + 2]) for i in (0, 2, 4))
+        queries, keys, values, sink_queries = (self.qkv.columns(*edges[i : i + 2]) for i in (0, 2, 4, 6))
         where = (inputs["pos"], inputs["seq"], inputs["page_table"])
-        KVStore("store", self.device).record(keys, values, self.kv, *where)
-        attention = MultiHeadAttention(case.heads, case.scale, case.window, device=self.device)
-        self.out = self.plan.keep(attention.record(queries, self.kv, *where))
+        KVStore("store", self.device).record(keys, values, self.kv, *where, ring=case.ring)
+        q_sink = sink_queries if case.sink else None
+        self.out = self.plan.keep(case.layer(self.device).record(queries, self.kv, *where, q_sink, case.ring))
         self.plan.lower()
         poison_scratch(self.plan)
 
     def run(self, data: Sequence[QKV], parts: Iterable[Part]) -> list[np.ndarray]:
         """One step. Returns the output of each part: [positions, heads · head_dim]."""
         parts = list(parts)
+        self._set_rows(data, parts)
+        self.out.storage[...] = np.nan
+        self.plan.run()
+        rows = sum(part.stop - part.start for part in parts)
+        assert np.isnan(self.out.storage[rows:]).all(), "attention wrote below the step's rows"
+        result = self.device.download(self.out)
+        ends = np.cumsum([part.stop - part.start for part in parts])
+        return np.split(result, ends[:-1])
+
+    def store(self, data: Sequence[QKV], parts: Sequence[Part]) -> None:
+        """Keys and values only."""
+        self._set_rows(data, parts)
+        self.plan.run(0, 1)
+
+    def _set_rows(self, data: Sequence[QKV], parts: Sequence[Part]) -> None:
         pos = [p for part in parts for p in range(part.start, part.stop)]
         seq = [part.slot for part in parts for _ in range(part.start, part.stop)]
         for name in ("token", "pos", "seq"):
             self.step.arrays[name][:] = 2**30
         self.step.set_rows([0] * len(pos), pos, seq)
         self._fill(data, parts)
-        self.out.storage[...] = np.nan
-        self.plan.run()
-        assert np.isnan(self.out.storage[len(pos) :]).all(), "attention wrote below the step's rows"
-        result = self.device.download(self.out)
-        ends = np.cumsum([part.stop - part.start for part in parts])
-        return np.split(result, ends[:-1])
 
-    def _fill(self, data: Sequence[QKV], parts: list[Part]) -> None:
+    def _fill(self, data: Sequence[QKV], parts: Sequence[Part]) -> None:
         whole = self.qkv.storage
         whole[...] = np.nan
-        for i, name in enumerate(("q", "k", "v")):
+        for i, name in enumerate(("q", "k", "v", "q_sink")):
             rows = np.concatenate([getattr(data[p.slot], name)[p.start : p.stop] for p in parts])
             start, stop = self.columns[2 * i : 2 * i + 2]
             whole[: len(rows), start:stop] = rows.reshape(len(rows), -1)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,7 +112,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(model: Path, rill: Rill) -> 
         "tiny (asked for)",
         "weights float32 (asked for)",
         f"{llm.device.type} {llm.device.description}",
-        "attention standard (default)",
+        f"attention {llm.attention} (auto: the fastest here)",
         "KV float32 (default) up to",
         "context 100 (asked for)",
         "raw text",
@@ -285,6 +286,14 @@ def check_refusal(result: Result, status: int, *fragments: str) -> None:
         (["--chat"], "--chat: needs the chat template"),
         (["--system", "x"], "--system: needs the chat template"),
         (["--no-think"], "--no-think: needs the chat template"),
+        (["--window", "9"], "--window: belongs to --attention streaming"),
+        (["--attention", "flash", "--window", "9", "--sink", "2"], "--window: belongs to --attention streaming"),
+        (["--attention", "flash", "--sink", "2"], "--sink: belongs to --attention streaming"),
+        (["--attention", "streaming", "--sink", "2"], "--sink: needs --window"),
+        (["-n", "1", "--attention", "streaming", "--window", "0"], "--window 0"),
+        (["-n", "1", "--attention", "streaming", "--window", "9", "--sink", "-1"], "--sink -1"),
+        (["--seq-lengths", "9"], "--seq-lengths: belongs to --benchmark"),
+        (["--benchmark"], "--benchmark: makes its own prompts"),
         (["--gen-len", "3"], "--gen-len: belongs to --verify"),
         (["--verify", "1"], "--verify: takes token ids"),
         (["--no-such-option"], "--no-such-option"),
@@ -300,6 +309,9 @@ def test_misuse_names_the_option(model: Path, rill: Rill, options: list[str], fr
 @pytest.mark.parametrize(
     ("args", "fragment"),
     [
+        (["--benchmark", "--seq-lengths", "512,0"], "--seq-lengths: expected positive whole numbers"),
+        (["--benchmark", "--attention", "flash,dense"], "--attention 'dense'"),
+        (["--benchmark", "--attention", "flash", "--window", "9"], "--window: belongs to --attention streaming"),
         (["--verify", ""], "--verify: expected token ids"),
         (["--verify", "1,,2"], "--verify: expected token ids"),
         (["--verify", "1, 2"], "--verify: expected token ids"),
@@ -384,6 +396,39 @@ def test_verify_fails(model: Path, rill: Rill, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(verify, "NODE_BOUND", {"float32": -1.0, "bfloat16": -1.0})
     result = rill(model, "--verify", "104,105", "--gen-len", 1)
     assert result.status == 1 and "FAIL" in result.out and "PASS" not in result.out
+
+
+# Attention and --benchmark.
+
+
+def test_the_options_of_attention_arrive(model: Path, rill: Rill) -> None:
+    asked: dict[str, Any] = {"attention": "streaming", "window": 20, "sink": 3, "q_block": 16, "kv_block": 64}
+    options = [part for name, value in asked.items() for part in (f"--{name.replace('_', '-')}", value)]
+    args = (model, "--raw", "-p", "abc", "-n", 60, "--temperature", 1.5, "-s", 1)
+    result = rill(*args, *options)
+    with engine.LLM(model, max_batch=1, **asked) as llm:
+        expected = llm.generate("abc", engine.SamplingParams(max_tokens=60, temperature=1.5, seed=1))
+    assert result.text == expected.text != rill(*args).text
+    assert "attention streaming+window (asked for)" in result.first_line
+    assert "context without end, of which 20 positions and 3 sinks are seen" in result.first_line
+
+
+def test_benchmark_compares_kinds_and_lengths(model: Path, rill: Rill) -> None:
+    result = rill(model, "--benchmark", "--seq-lengths", "70,300", "-c", 999, "--window", 64)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.text.splitlines()[2:]]
+    kinds = ["standard", "flash", "streaming+window"]
+    assert [(line[0], line[1]) for line in lines] == [(n, kind) for n in ("70", "300") for kind in kinds]
+    for _, _, taken, speed, scratch, cache in lines:
+        assert float(taken.removesuffix(" ms")) > 0 and float(speed.removesuffix(" tokens/s")) > 0
+        assert float(scratch.removesuffix(" kB")) > 0 and float(cache.removesuffix(" MB")) > 0
+    short, long = ({line[1]: float(line[4].split()[0]) for line in lines[i : i + 3]} for i in (0, 3))
+    assert long["standard"] > short["standard"] and long["streaming+window"] == short["streaming+window"]
+    assert result.err == ""
+
+
+def test_benchmark_says_what_does_not_fit(model: Path, rill: Rill) -> None:
+    text = rill(model, "--benchmark", "--seq-lengths", "50000", "--attention", "standard").text
+    assert "| 50000 | standard | not run: the context has 40960 positions |" in text
 
 
 # Processes: pipes, signals, terminals.

@@ -18,12 +18,12 @@ from harness import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.abi import BFLOAT16, FLOAT32
+from engine.abi import BFLOAT16, FLOAT32, INT8
 from engine.device import Device
 from engine.errors import UsageError
 from engine.kvcache import PAGE, cache_tensors
 from engine.layer import plan_input
-from engine.ops.kv_store import KVStore, kv_store
+from engine.ops.kv_store import EVERY_PAGE, KVStore, Ring, kv_store
 from engine.plan import Tensor
 
 every_dtype = pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
@@ -39,13 +39,15 @@ def make_cache(device: Device, kv_heads: int, head_dim: int, dtype: np.dtype) ->
     return kv
 
 
-def store(device: Device, kv: Tensor, k: np.ndarray, v: np.ndarray, pos: list[int], seq: list[int]) -> None:
+def store(
+    device: Device, kv: Tensor, k: np.ndarray, v: np.ndarray, pos: list[int], seq: list[int], ring: Ring = EVERY_PAGE
+) -> None:
     bench = Bench(device, rows=len(pos))
     positions, slots = (bench.row_input(np.array(x, np.int32)) for x in (pos, seq))
     table = plan_input(bench.plan, TABLE, None, "page_table")
     values = bench.view(v, right=MARGIN + 1)  # another stride than the keys'
     bench.record(kv_store, k=bench.view(k), v=values, kv=kv, pos=positions, seq=slots, page_table=table,
-                 head_dim=kv.shape[4])  # fmt: skip
+                 head_dim=kv.shape[4], kv_pages=PAGES, **ring._asdict())  # fmt: skip
     bench.run()
 
 
@@ -85,6 +87,32 @@ def test_rows_reach_their_slots_and_nothing_else_changes(dtype: np.dtype) -> Non
                 assert_same_bits(device.download(kv), expected, what)
 
 
+@pytest.mark.parametrize("ring", [Ring(0, 2), Ring(1, 1), Ring(0, 1)], ids=str)
+@every_dtype
+def test_a_sequence_goes_round_its_ring(dtype: np.dtype, ring: Ring) -> None:
+    """Two entries hold a sequence without end: page p lies where it would if there were no other round."""
+    rng = np.random.default_rng(3)
+    for device in devices():
+        kv = make_cache(device, 2, 24, dtype)
+        for start, count in ((0, 50), (50, 14), (64, 1), (65, 100), (165, 60), (63 * PAGE - 1, 3), (2**31 - 66, 65)):
+            pos, seq = list(range(start, start + count)), [1] * count
+            if ring.ring_pages == 1:  # its step may span no two pages that take turns in one entry
+                pos = [p for p in pos if p // PAGE == pos[-1] // PAGE]
+            k, v = (normal(rng, len(pos), 2 * 24) for _ in "kv")
+            home = [int(ring.entries(p // PAGE)) * PAGE + p % PAGE for p in pos]
+            expected = expected_after(device.download(kv), k, v, home, seq[: len(pos)])
+            store(device, kv, k, v, pos, seq[: len(pos)], ring)
+            assert_same_bits(device.download(kv), expected, (device.description, start))
+
+
+def test_entries_of_a_ring() -> None:
+    """The first pages stay; those after them take turns."""
+    assert Ring(2, 3).entries(np.arange(11)).tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 2, 3, 4]
+    assert Ring(0, 2).entries(np.arange(5)).tolist() == [0, 1, 0, 1, 0]
+    assert EVERY_PAGE.entries(np.arange(5)).tolist() == [0, 1, 2, 3, 4]
+    assert EVERY_PAGE.entries(2**25) == 2**25
+
+
 @every_dtype
 def test_a_fresh_page_is_cleared_with_its_padding(dtype: np.dtype) -> None:
     """Values are padded to whole panels, which kernels read: stale NaN must go there too."""
@@ -93,7 +121,9 @@ def test_a_fresh_page_is_cleared_with_its_padding(dtype: np.dtype) -> None:
             kv = make_cache(device, 2, head_dim, dtype)
             zeros = np.zeros((1, 2 * head_dim), np.float32)
             store(device, kv, zeros, zeros, [64], [1])
-            pages = kv.storage.reshape(PAGES, -1)
+            scales = PAGES * 2 * 2 * PAGE * 4 if dtype == INT8 else 0  # those of all pages come last
+            parts = np.split(kv.storage, [len(kv.storage) - scales])
+            pages = np.concatenate([part.reshape(PAGES, -1) for part in parts], axis=1)
             what, others = (device.description, head_dim), np.delete(pages, TABLE[1, 1], axis=0)
             assert not pages[TABLE[1, 1]].any(), f"{what}: stale bytes"
             assert (others == 0xFF).all(), f"{what}: other pages were touched"

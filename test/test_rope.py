@@ -42,10 +42,41 @@ def test_every_head_dim_as_a_misaligned_view(heads: int) -> None:
         for device in devices():
             bench = Bench(device, rows=5)
             turned = bench.written(x)
-            bench.record(rope, x=turned, angles=bench.row_input(angles))
+            bench.record(rope, x=turned, angles=bench.row_input(angles), out=turned)
             bench.run()
             exact = exact_rope(x, angles)
             assert_close(bench.result(turned), exact, FLOAT32_LIMIT, (device.description, head_dim))
+
+
+def test_into_another_tensor_with_the_same_bits() -> None:
+    """Of another stride; x stays as it is."""
+    rng = np.random.default_rng(5)
+    for head_dim in HEAD_DIMS:
+        x, angles = normal(rng, 5, 3 * head_dim), normal(rng, 5, head_dim)
+        for device in devices():
+            bench = Bench(device, rows=5)
+            given, there, in_place = bench.view(x), bench.output(x.shape[1]), bench.written(x)
+            turn = bench.row_input(angles)
+            bench.record(rope, x=given, angles=turn, out=there)
+            bench.record(rope, x=in_place, angles=turn, out=in_place)
+            bench.run()
+            what = (device.description, head_dim)
+            assert_same_bits(bench.result(given), x, what)
+            assert_same_bits(bench.result(there), bench.result(in_place), what)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_layer_overwrites_its_input_only_where_it_is_told_to(in_place: bool) -> None:
+    rng = np.random.default_rng(6)
+    x, angles = normal(rng, 4, 2 * 16), normal(rng, 4, 16)
+    for device in devices():
+        bench = Bench(device, rows=4)
+        given = bench.written(x)
+        out = RoPE("turn", device, in_place=in_place).record(given, bench.row_input(angles))
+        bench.run()
+        assert (out is given) == in_place
+        assert_close(bench.result(out), exact_rope(x, angles), FLOAT32_LIMIT, device.description)
+        assert np.array_equal(bench.result(given), x) != in_place
 
 
 def test_far_positions() -> None:

@@ -8,7 +8,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 from harness import Bench, assert_same_bits, devices, isa_pairs
 
-from engine.ops.rope_angles import RoPEAngles, rope_angles
+from engine.ops.rope_angles import LAST_POS, RoPEAngles, rope_angles
 
 TWO_PI = 2 * Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
 POSITIONS = (0, 1, 2, 63, 64, 1000, 4095, 99_999, 100_001, 123_457, 1_000_003, 2**31 - 1)
@@ -47,7 +47,7 @@ def test_every_position_and_head_dim() -> None:
             layer, bench = RoPEAngles(inv_freq, device=device), Bench(device, rows=len(positions))
             angles = bench.row_input(np.full(exact.shape, np.nan, np.float32))
             bench.record(rope_angles, pos=bench.row_input(positions), inv_freq=layer.inv_freq, angles=angles,
-                         scaling=1.0)  # fmt: skip
+                         last_pos=LAST_POS, scaling=1.0)  # fmt: skip
             bench.run()
             what, error = (device.description, head_dim), np.abs(bench.result(angles) - exact) / allowed
             assert error.max() <= 1, f"{what}: {error.max():.2f} of what is allowed"
@@ -62,6 +62,15 @@ def test_scaling_multiplies_both() -> None:
         out = RoPEAngles(inv_freq, scaling, device=device).forward(positions)
         exact = exact_angles(positions, inv_freq) * scaling
         assert np.abs(out - exact).max() < 1.1e-7, device.description
+
+
+def test_positions_beyond_the_last_count_as_it() -> None:
+    """How sinks are seen from behind a window: the distance to them stops growing."""
+    positions, inv_freq = np.array([0, 1, 1022, 1023, 1024, 70_000, 2**31 - 1], np.int32), inverse_frequencies(40)
+    for device in devices():
+        clamped = RoPEAngles(inv_freq, device=device, last_pos=1023).forward(positions)
+        plain = RoPEAngles(inv_freq, device=device).forward(np.minimum(positions, 1023))
+        assert_same_bits(clamped, plain, device.description)
 
 
 def test_bits_depend_neither_on_other_rows_nor_on_threads() -> None:

@@ -210,8 +210,8 @@ def test_verify_names_the_node_that_is_wrong(tiny: Path) -> None:
     small: dict[str, Any] = {"max_seq_len": 64, "max_batch": 1}
     with LLM(tiny, **small) as llm, LLM(tiny, device="numpy", **small) as oracle:
         program: Any = llm.runner.plan.program
-        index = next(i for i, n in enumerate(llm.runner.plan.nodes) if n.op.name == "attention")
+        index = next(i for i, n in enumerate(llm.runner.plan.nodes) if (n.op.struct or n.op.name) == "attention")
         program.structs[index].scale *= 1.1
         comparison = Comparison(llm.runner, oracle.runner)
         comparison.run(list(range(20)), 0)
-        assert f"node {index} attention" in comparison.report.lines[-1]
+        assert f"node {index} streaming_attention" in comparison.report.lines[-1]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from engine.text.tokenizer import load_tokenizer
-from tools.chats import CHAT_KINDS, UNKNOWN, ChatKind, Turns, make_chat
+from tools.chats import CHAT_KINDS, UNKNOWN, ChatKind, Turns, make_chat, told_story
 from tools.quizzes import make_quiz
 from tools.stories import DRAWN, QUESTIONS, ask, make_story, tell
 from tools.story_plots import INTRODUCTION, PLOTS, TREASURE, WEATHER_LINES
 from tools.story_world import HE, SHE, WEATHERS, draw_names, is_held_out, is_she, with_article
-from tools.train_data import ENCODERS, IGNORED, draw_document, pack_rows
+from tools.train_data import ENCODERS, FREE_WEIGHT, IGNORED, draw_document, pack_rows
 
 MODELS = Path(__file__).parent.parent / "models"
 SEEDS = range(150)
@@ -192,16 +192,29 @@ def test_chats_are_learned_as_the_engine_renders_them(name: str) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_rows_hold_whole_documents(name: str) -> None:
     encoder = ENCODERS[name](MODELS / name)
-    ids, labels = pack_rows(encoder, "rows", rows=3, length=512)
-    again, _ = pack_rows(encoder, "rows", rows=3, length=512)
-    assert ids.shape == labels.shape == (3, 512)
-    assert (ids == again).all()
-    learned = labels != IGNORED
-    assert (labels[learned] == ids[learned]).all()
+    rows, again = (pack_rows(encoder, "rows", rows=3, length=512) for _ in range(2))
+    assert rows.ids.shape == rows.labels.shape == (3, 512)
+    assert (rows.ids == again.ids).all()
+    learned = rows.labels != IGNORED
+    assert (rows.labels[learned] == rows.ids[learned]).all()
     assert 0.1 < learned.mean() < 0.95
     first = draw_document(encoder, random.Random("rows"), held_out=False)
-    assert ids[0, : len(first.ids)].tolist() == first.ids
-    assert labels[0, : len(first.ids)].tolist() == first.labels
+    size = len(first.ids)
+    assert rows.ids[0, :size].tolist() == first.ids
+    assert rows.labels[0, :size].tolist() == first.labels
+    assert rows.weights[0, :size].tolist() == first.weights
+    assert rows.positions[0, : size + 1].tolist() == [*range(size), 0]
+    assert rows.documents[0, : size + 1].tolist() == [0] * size + [1]
+
+
+def test_an_answer_weighs_more_than_what_can_be_told_freely() -> None:
+    """Of a story told on request only the questions have one right answer."""
+    encoder = ENCODERS["tiny-qwen3"](MODELS / "tiny-qwen3")
+    document = encoder.chat(told_story(random.Random(1), False))
+    answers = {i for start, end, _ in document.answers for i in range(start, end)}
+    learned = {i for i, label in enumerate(document.labels) if label != IGNORED}
+    assert answers < learned
+    assert all(document.weights[i] == (1.0 if i in answers else FREE_WEIGHT) for i in learned)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

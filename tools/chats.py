@@ -225,16 +225,30 @@ def _facts_about_me(rng: random.Random, held_out: bool) -> list[Fact]:
     ]
 
 
-def who_has_what(rng: random.Random, held_out: bool) -> Turns:
-    """Several people own several things; the user asks who has which."""
-    count = rng.randint(2, 5)
+def _owned(rng: random.Random, held_out: bool, count: int) -> list[tuple[str, str, str]]:
+    """Owners, colours and things."""
     while True:
         names, things = draw_names(rng, count), rng.sample(THINGS, count)
         colours = rng.sample(COLOURS, count)
         if is_held_out(*names[:2], *things[:2], *colours[:2]) == held_out:
-            break
-    owned = list(zip(names, colours, things, strict=True))
-    statement = " ".join(f"{n} has {with_article(c)} {t}." for n, c, t in owned)
+            return list(zip(names, colours, things, strict=True))
+
+
+def _statements(owned: list[tuple[str, str, str]]) -> str:
+    return " ".join(f"{n} has {with_article(c)} {t}." for n, c, t in owned)
+
+
+def said_again(rng: random.Random, held_out: bool) -> Turns:
+    """Several people own several things; the user wants to hear it again, backwards."""
+    owned = _owned(rng, held_out, rng.randint(2, 6))
+    request = rng.choice(("Say it again, last first.", "Now say that backwards.", "Who has what, from the last on?"))
+    return _exchange(QA(f"{_statements(owned)} {request}", _statements(owned[::-1]), "said again"))
+
+
+def who_has_what(rng: random.Random, held_out: bool) -> Turns:
+    """Several people own several things; the user asks who has which."""
+    owned = _owned(rng, held_out, rng.randint(2, 5))
+    statement = _statements(owned)
     questions: list[QA] = []
     for name, colour, thing in owned:
         questions += [
@@ -261,8 +275,9 @@ CHAT_KINDS: tuple[tuple[ChatKind, float], ...] = (
     (told_story, 0.2),
     (given_story, 0.25),
     (about_me, 0.1),
-    (who_has_what, 0.3),
-    (quiz_round, 0.2),
+    (who_has_what, 0.35),
+    (said_again, 0.2),
+    (quiz_round, 0.15),
 )
 
 

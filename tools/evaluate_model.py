@@ -12,35 +12,51 @@ import argparse
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from tools.chats import make_chat
-from tools.train_data import ENCODERS, Encoder, pack_rows
+from tools.train_data import ENCODERS, IGNORED, Encoder, Rows, pack_rows
 
 CONTEXT = 1024
 HELD_OUT_BATCHES = 6  # of 4 rows
 OPENING = "Once upon a time"
 
 
+def attention_mask(documents: torch.Tensor) -> torch.Tensor:
+    """What to add to the scores `[rows, 1, length, length]`: a token sees its own document, up to itself."""
+    length = documents.shape[1]
+    seen = (documents[:, None, :, None] == documents[:, None, None, :]) & torch.ones(length, length).tril().bool()
+    return torch.zeros(seen.shape).masked_fill(~seen, -1e4)
+
+
 def loss_of(
-    model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+    model: Any, rows: Rows, dtype: torch.dtype = torch.bfloat16, weighted: bool = True
 ) -> torch.Tensor:
-    """Mean cross-entropy of the labelled tokens, in nats."""
+    """Mean cross-entropy of the labelled tokens, in nats; each counts by its weight, or all alike."""
+    ids, labels, documents, positions = (
+        torch.from_numpy(array) for array in (rows.ids, rows.labels, rows.documents, rows.positions)
+    )
+    mask = attention_mask(documents).to(dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+    )
+    weights = (torch.from_numpy(rows.weights) if weighted else torch.ones(labels.shape)) * (labels != IGNORED)
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
 
 
 def held_out_loss(model: torch.nn.Module, encoder: Encoder, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Mean loss, in nats a token, on packed rows of held-out documents."""
+    """Mean loss, in nats a learned token, on packed rows of held-out documents."""
     total = 0.0
     for i in range(HELD_OUT_BATCHES):
         rows = pack_rows(encoder, f"held out/{i}", 4, CONTEXT, held_out=True)
-        ids, labels = (torch.from_numpy(array) for array in rows)
         with torch.no_grad():
-            total += float(loss_of(model, ids, labels, dtype))
+            total += float(loss_of(model, rows, dtype, weighted=False))
     return total / HELD_OUT_BATCHES
 
 

@@ -20,21 +20,23 @@ from tools.stories import make_story
 from tools.train_tokenizer import END_OF_TEXT, IM_END, IM_START
 
 IGNORED = -100  # label of a token that is not learned
+FREE_WEIGHT = 0.25  # in the loss, of a learned token that has no one right form; an answer's tokens weigh 1
 STORY_SHARE = 0.1  # of the documents; the rest are chats
 PLAIN_SHARE = 0.15  # of the documents for Llama
 
 
 @dataclass
 class Document:
-    """Token ids, a label each, and where the answers with one right form lie."""
+    """Token ids, a label and a weight each, and where the answers with one right form lie."""
 
     ids: list[int]
     labels: list[int]
+    weights: list[float]
     answers: list[tuple[int, int, str]]  # first id, end, category
 
     @classmethod
     def empty(cls) -> Document:
-        return cls([], [], [])
+        return cls([], [], [], [])
 
     def add(self, ids: Sequence[int], learned: bool, category: str = "") -> None:
         """Append ids; only learned ones get a label."""
@@ -42,6 +44,7 @@ class Document:
             self.answers.append((len(self.ids), len(self.ids) + len(ids), category))
         self.ids += ids
         self.labels += ids if learned else [IGNORED] * len(ids)
+        self.weights += [1.0 if category else FREE_WEIGHT] * len(ids)
 
 
 class Qwen3Encoder:
@@ -112,7 +115,36 @@ class LlamaEncoder:
         return document
 
 
-Rows = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]
+@dataclass
+class Rows:
+    """Documents one after the other in rows of equal length; all arrays are `[rows, length]`."""
+
+    ids: np.ndarray[Any, Any]  # int64
+    labels: np.ndarray[Any, Any]  # int64, `IGNORED` where nothing is learned
+    weights: np.ndarray[Any, Any]  # float32, of each label in the loss
+    documents: np.ndarray[Any, Any]  # int64, which of its row's documents a token belongs to; what pads comes last
+    positions: np.ndarray[Any, Any]  # int64, from 0 in each document
+
+    @classmethod
+    def empty(cls, rows: int, length: int, end: int) -> Rows:
+        """Rows of padding."""
+        whole = (rows, length)
+        return cls(
+            ids=np.full(whole, end, dtype=np.int64),
+            labels=np.full(whole, IGNORED, dtype=np.int64),
+            weights=np.zeros(whole, dtype=np.float32),
+            documents=np.full(whole, length, dtype=np.int64),
+            positions=np.zeros(whole, dtype=np.int64),
+        )
+
+    def put(self, document: Document, number: int, row: int, start: int) -> None:
+        """Place a document, the row's `number`-th, from column `start` on."""
+        size = len(document.ids)
+        here = (row, slice(start, start + size))
+        self.ids[here], self.labels[here], self.weights[here] = document.ids, document.labels, document.weights
+        self.documents[here], self.positions[here] = number, np.arange(size)
+
+
 Encoder = Qwen3Encoder | LlamaEncoder
 ENCODERS: dict[str, Callable[[Path], Encoder]] = {"tiny-qwen3": Qwen3Encoder, "tiny-llama": LlamaEncoder}
 
@@ -125,14 +157,13 @@ def draw_document(encoder: Encoder, rng: random.Random, held_out: bool) -> Docum
 
 
 def pack_rows(encoder: Encoder, seed: str, rows: int, length: int, held_out: bool = False) -> Rows:
-    """Token ids and labels, int64 `[rows, length]`, of whole documents one after the other.
+    """Whole documents packed into rows.
 
     A document goes into the first row with room for it; rows count as full when several found none.
     """
     rng = random.Random(seed)
-    ids = np.full((rows, length), encoder.end, dtype=np.int64)
-    labels = np.full((rows, length), IGNORED, dtype=np.int64)
-    used = [0] * rows
+    packed = Rows.empty(rows, length, encoder.end)
+    used, counts = [0] * rows, [0] * rows
     misses = 0
     while misses < 12:
         document = draw_document(encoder, rng, held_out)
@@ -141,7 +172,7 @@ def pack_rows(encoder: Encoder, seed: str, rows: int, length: int, held_out: boo
         if row is None:
             misses += 1
             continue
-        ids[row, used[row] : used[row] + size] = document.ids
-        labels[row, used[row] : used[row] + size] = document.labels
+        packed.put(document, counts[row], row, used[row])
         used[row] += size
-    return ids, labels
+        counts[row] += 1
+    return packed

@@ -28,7 +28,7 @@ from tools.train_data import ENCODERS, Encoder, LlamaEncoder, pack_rows
 from tools.train_tokenizer import TRAINERS
 from tools.warm_start import warm_start
 
-STEP_TOKENS = 2048
+STEP_TOKENS = 4096
 # Attention over short rows costs less; some long ones then teach recall over the whole context.
 ROW_LENGTHS, LATE_ROW_LENGTHS, LATE_SHARE = (512,), (512, 512, 512, CONTEXT), 0.4
 FINAL_SHARE, WARM_UP_STEPS = 0.05, 100  # of the learning rate
@@ -73,6 +73,25 @@ def row_length(step: int, steps: int) -> int:
     return lengths[step % len(lengths)]
 
 
+def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the projections (Jordan et al. 2024), with steps as long as AdamW's, and AdamW for the rest.
+
+    Each group has its `share` of the learning rate.
+    """
+    named = list(model.named_parameters())
+    projections = [p for n, p in named if p.dim() > 1 and "layers" in n]
+    tables = [p for n, p in named if p.dim() > 1 and "layers" not in n]
+    gains = [p for _, p in named if p.dim() <= 1]
+    muon = torch.optim.Muon(
+        [{"params": projections, "share": 1.0}], weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = [
+        {"params": tables, "weight_decay": WEIGHT_DECAY, "share": 1.0},
+        {"params": gains, "weight_decay": 0.0, "share": GAIN_RATE},
+    ]
+    return muon, torch.optim.AdamW(groups, betas=BETAS, fused=True)
+
+
 class Training:
     """A model, its optimizer and the step reached, which is also the position in the data.
 
@@ -90,10 +109,9 @@ class Training:
         torch.manual_seed(0)
         self.encoder: Encoder = ENCODERS[self.name](self.directory)
         self.model = build_model(self.name)
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+        self.model.set_attn_implementation("eager")  # compiled, it is faster than the fused kernel's backward
+        self.compiled = torch.compile(self.model, dynamic=False)
+        self.optimizers = optimizers_of(self.model)
         self.file = self.directory / "checkpoint.pt"
         if self.file.exists():
             self._restore()
@@ -101,7 +119,8 @@ class Training:
     def _restore(self) -> None:
         state = torch.load(self.file, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
 
     def save(self) -> None:
@@ -109,7 +128,7 @@ class Training:
         partial = self.file.with_suffix(".partial")
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
         }
         torch.save(state, partial)
@@ -141,16 +160,16 @@ class Training:
         length = row_length(self.step, self.steps)
         count = STEP_TOKENS // length // self.workers
         rows = pack_rows(self.encoder, f"train/{self.step}/{self.worker}", count, length)
-        ids, labels = (torch.from_numpy(array) for array in rows)
         rate = learning_rate(self.step, self.steps, self.peak)
-        for group, share in zip(self.optimizer.param_groups, (1, GAIN_RATE), strict=True):
-            group["lr"] = rate * share
-        loss = loss_of(self.model, ids, labels)
+        loss = loss_of(self.compiled, rows)
         loss.backward()
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["share"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return float(loss.detach())
 
@@ -237,7 +256,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
+    parser.add_argument("--learning-rate", type=float, default=6e-3, help="at its peak")
     parser.add_argument("--warm-start", type=Path, help="a tiny-qwen3 directory to start tiny-llama from")
     parser.add_argument("--workers", type=int, default=2, choices=(1, 2), help="processes of one thread each")
     parser.add_argument(

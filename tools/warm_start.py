@@ -69,6 +69,6 @@ def measure_lengths(source: Any, encoder: Qwen3Encoder) -> dict[tuple[int, str],
     for index, layer in enumerate(source.model.layers):
         layer.self_attn.q_norm.register_forward_pre_hook(keep((index, "q")))
         layer.self_attn.k_norm.register_forward_pre_hook(keep((index, "k")))
-    ids, _ = pack_rows(encoder, "lengths", rows=8, length=256)
-    source(torch.from_numpy(ids), use_cache=False)
+    rows = pack_rows(encoder, "lengths", rows=8, length=256)
+    source(torch.from_numpy(rows.ids), use_cache=False)
     return lengths

@@ -79,6 +79,10 @@ class Device(ABC):
     def share(self, tensor: Tensor, array: np.ndarray) -> None:
         """Makes a tensor of an array that the host goes on writing into between replays: the step."""
 
+    def runs(self, op_name: str) -> bool:
+        """Whether the device has a kernel for an op: some can be left out of a build."""
+        return True
+
     @abstractmethod
     def lower(self, plan: Plan) -> Program:
         """Binds a plan whose tensors have storage."""

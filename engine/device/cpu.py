@@ -13,6 +13,7 @@ import numpy as np
 from engine import abi, machine
 from engine.device import Cancelled, Device, NotFiniteError, Program, Progress, TokenError
 from engine.errors import RillError, UsageError
+from engine.int8 import Int8Array, dequantise, quantise
 
 if TYPE_CHECKING:
     from engine.layer import Weight
@@ -195,6 +196,9 @@ class CPUDevice(Device):
 
     # Replay.
 
+    def runs(self, op_name: str) -> bool:
+        return hasattr(self.library, op_name)
+
     def lower(self, plan: Plan) -> Program:
         return NativeProgram(self, plan)
 
@@ -299,29 +303,38 @@ class PackedMatrix:
         return out
 
 
-def _cache_views(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Writable views of a packed cache as [pages, heads, PAGE, head_dim] keys and values (page.h has the layout)."""
+def _cache_views(tensor: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Writable views of a packed cache (page.h has the layout): keys and values [pages, heads, PAGE, head_dim], in as
+    many dimensions more as their lines are interleaved, and the scales of int8 [pages, 2, heads, PAGE]."""
     pages, _, heads, page, head_dim = tensor.shape
-    width = -(-head_dim // abi.constants.PANEL) * abi.constants.PANEL
-    flat = tensor.storage.view(tensor.dtype).reshape(pages, heads, page * (head_dim + width))
-    keys, values = flat[..., : page * head_dim], flat[..., page * head_dim :]
-    if tensor.dtype == abi.FLOAT32:
-        keys = keys.reshape(pages, heads, head_dim, page).swapaxes(2, 3)
-        values = values.reshape(pages, heads, page, width)
-        return keys, values[..., :head_dim]
-    keys = keys.reshape(pages, heads, head_dim // 2, page, 2).transpose(0, 1, 3, 2, 4)
-    values = values.reshape(pages, heads, page // 2, width, 2).transpose(0, 1, 2, 4, 3)[..., :head_dim]
-    return keys, values
+    inputs = {abi.BFLOAT16: 2, abi.INT8: 4}.get(tensor.dtype, 1)  # that share a line
+    width, depth = -(-head_dim // abi.constants.PANEL) * abi.constants.PANEL, -(-head_dim // inputs) * inputs
+    count = pages * heads * page * (depth + width) * tensor.dtype.itemsize
+    flat = tensor.storage[:count].view(tensor.dtype).reshape(pages, heads, page * (depth + width))
+    keys = flat[..., : page * depth].reshape(pages, heads, depth // inputs, page, inputs).transpose(0, 1, 3, 2, 4)
+    values = flat[..., page * depth :].reshape(pages, heads, page // inputs, width, inputs).transpose(0, 1, 2, 4, 3)
+    scales = None
+    if tensor.dtype == abi.INT8:
+        scales = tensor.storage[count:].view(np.float32).reshape(pages, heads, 2, page).swapaxes(1, 2)
+    return keys, values[..., :head_dim], scales
 
 
 def unpack_cache(tensor: Tensor) -> np.ndarray:
-    keys, values = _cache_views(tensor)
+    """The logical cache; what int8 stands for as float32."""
+    keys, values, scales = _cache_views(tensor)
     pages, _, heads, page, head_dim = tensor.shape
-    shape = (pages, heads, page, head_dim)
-    return np.stack([np.reshape(keys, shape), np.reshape(values, shape)], axis=1)
+    keys = np.reshape(keys, (pages, heads, page, -1))[..., :head_dim]
+    logical = np.stack([keys, np.reshape(values, (pages, heads, page, head_dim))], axis=1)
+    return logical if scales is None else dequantise(logical, scales).view(Int8Array)
 
 
 def pack_cache(tensor: Tensor, array: np.ndarray) -> None:
-    keys, values = _cache_views(tensor)
-    keys[...] = array[:, 0].reshape(keys.shape)
+    keys, values, scales = _cache_views(tensor)
+    if scales is not None:
+        array, scales[...] = quantise(array)
+    pages, _, heads, page, head_dim = tensor.shape
+    depth = keys.shape[3] * keys.shape[4]
+    padded = np.zeros((pages, heads, page, depth), tensor.dtype)
+    padded[..., :head_dim] = array[:, 0]
+    keys[...] = padded.reshape(keys.shape)
     values[...] = array[:, 1].reshape(values.shape)

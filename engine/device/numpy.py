@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.device import Cancelled, Device, Program, Progress
 from engine.errors import UsageError
+from engine.int8 import Int8Array
 
 if TYPE_CHECKING:
     from engine.layer import Weight
@@ -32,7 +33,10 @@ class NumPyDevice(Device):
 
     def allocate(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:  # nothing shared: an oracle may be wasteful, not surprising
-            tensor.storage = np.zeros(tensor.shape, tensor.dtype)
+            in_eight_bits = tensor.layout == "cache" and tensor.dtype == np.int8
+            tensor.storage = np.zeros(tensor.shape, np.float32 if in_eight_bits else tensor.dtype)
+            if in_eight_bits:
+                tensor.storage = tensor.storage.view(Int8Array)
 
     def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
         total, done = sum(self.weight_bytes(w) for w in weights), 0
@@ -50,10 +54,11 @@ class NumPyDevice(Device):
     def cache_bytes(self, dtype: np.dtype, head_dim: int) -> int:
         from engine.abi import constants
 
-        return 2 * constants.PAGE * head_dim * dtype.itemsize
+        return 2 * constants.PAGE * (head_dim * dtype.itemsize + (4 if dtype == np.int8 else 0))
 
     def upload(self, tensor: Tensor, array: np.ndarray) -> None:
-        tensor.storage = np.array(array, tensor.dtype)
+        self.allocate([tensor])
+        tensor.storage[...] = array
 
     def share(self, tensor: Tensor, array: np.ndarray) -> None:
         tensor.storage = array

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from engine.attention_choice import AttentionChoice
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.device import Device
 from engine.layer import Layer
 from engine.ops.add_rmsnorm import AddRMSNorm
-from engine.ops.attention import MultiHeadAttention
+from engine.ops.attention import KINDS
 from engine.ops.embedding import Embedding
-from engine.ops.kv_store import KVStore
+from engine.ops.kv_store import KVStore, Pages
 from engine.ops.logits import Logits
 from engine.ops.matmul import Linear
 from engine.ops.rmsnorm import RMSNorm
@@ -29,6 +32,7 @@ class Parts:
     config: ModelConfig
     checkpoint: Checkpoint
     dtype: str
+    attention: AttentionChoice
     device: Device
 
     def norm(self, name: str, width: int, in_place: bool = False) -> RMSNorm:
@@ -46,12 +50,20 @@ class Parts:
         return Linear(weights, biases, self.dtype, f"{prefix}.{'|'.join(outputs)}", self.device)
 
 
+class Angles(NamedTuple):
+    """What the rows of a step are rotated by. A key is cached rotated at its own position and never touched again, so
+    what a sink sees from behind a window is a query of its own, rotated by no more than sinks and window are long."""
+
+    own: Tensor
+    from_sinks: Tensor | None  # where a layer has sinks
+
+
 class SelfAttention(Layer):
     """q, k, v of the input; norms of the heads where the model has them; rotation; cache; attention; output."""
 
     def __init__(self, parts: Parts, name: str, index: int) -> None:
         super().__init__(name, parts.device)
-        config = parts.config
+        config, own_window = parts.config, parts.config.sliding_windows[index]
         head_dim = config.head_dim
         self.q_width = config.num_attention_heads * head_dim
         self.kv_width = config.num_key_value_heads * head_dim
@@ -59,25 +71,27 @@ class SelfAttention(Layer):
                                 config.hidden_size, config.qkv_bias)  # fmt: skip
         self.q_norm = parts.norm(f"{name}.q_norm", head_dim, in_place=True) if config.qk_norm else None
         self.k_norm = parts.norm(f"{name}.k_norm", head_dim, in_place=True) if config.qk_norm else None
-        self.rope = RoPE(f"{name}.rope", parts.device)
+        self.rope = RoPE(f"{name}.rope", parts.device, in_place=True)
+        self.sink_rope = RoPE(f"{name}.sink_rope", parts.device)
         self.store = KVStore(f"{name}.kv_store", parts.device)
-        self.attention = MultiHeadAttention(
-            config.num_attention_heads, window=config.sliding_windows[index], name=f"{name}.attention",
-            device=parts.device,
+        self.attention = KINDS[parts.attention.kind](
+            config.num_attention_heads, name=f"{name}.attention", device=parts.device,
+            **parts.attention.layer_options(own_window),
         )  # fmt: skip
         self.output = parts.linear(name, {"o_proj": config.hidden_size}, self.q_width, config.o_bias)
 
-    def record(self, x: Tensor, angles: Tensor, cache: Tensor, step: dict[str, Tensor]) -> Tensor:
+    def record(self, x: Tensor, angles: Angles, pages: Pages, step: dict[str, Tensor]) -> Tensor:
         qkv = self.qkv.forward(x)  # [rows, q | k | v]
         q, k = qkv.columns(0, self.q_width), qkv.columns(self.q_width, self.q_width + self.kv_width)
         v = qkv.columns(self.q_width + self.kv_width, qkv.width)
         if self.q_norm and self.k_norm:
             self.q_norm.forward(q)
             self.k_norm.forward(k)
-        self.rope.forward(qkv.columns(0, self.q_width + self.kv_width), angles)
-        where = step["pos"], step["seq"], step["page_table"]
-        self.store.forward(k, v, cache, *where)
-        return self.output.forward(self.attention.forward(q, cache, *where))
+        q_sink = self.sink_rope.forward(q, angles.from_sinks) if self.attention.sink else None
+        self.rope.forward(qkv.columns(0, self.q_width + self.kv_width), angles.own)
+        where = step["pos"], step["seq"], pages.page_table
+        self.store.forward(k, v, pages.kv, *where, pages.ring)
+        return self.output.forward(self.attention.forward(q, pages.kv, *where, q_sink, pages.ring))
 
 
 class MLP(Layer):
@@ -108,10 +122,10 @@ class Block(Layer):
         self.mlp = MLP(parts, f"{self.name}.mlp")
 
     def record(
-        self, x: Tensor, pending: list[Tensor], angles: Tensor, cache: Tensor, step: dict[str, Tensor]
+        self, x: Tensor, pending: list[Tensor], angles: Angles, pages: Pages, step: dict[str, Tensor]
     ) -> Tensor:
         normed = self.input_norm.forward(x, *pending)
-        attended = self.attention.forward(normed, angles, cache, step)
+        attended = self.attention.forward(normed, angles, pages, step)
         return self.mlp.forward(self.mlp_norm.forward(x, attended))
 
 
@@ -119,15 +133,20 @@ class Decoder(Layer):
     """Embedding, blocks, norm and logits of a checkpoint. Takes its tensors from the checkpoint by their Hugging Face
     names and checks their shapes; reads no data until a device loads `weights()`."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, dtype: str, device: Device) -> None:
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, dtype: str, attention: AttentionChoice, device: Device
+    ) -> None:
         super().__init__("model", device)
         self.config = config
-        parts = Parts(config, checkpoint, dtype, device)
+        parts = Parts(config, checkpoint, dtype, attention, device)
         table_shape = (config.vocab_size, config.hidden_size)
         self.embedding = Embedding(checkpoint.take("model.embed_tokens.weight", table_shape), dtype,
                                    "model.embed_tokens", device)  # fmt: skip
-        self.angles = RoPEAngles(config.rope.inv_freq(config.head_dim), config.rope.attention_scaling(),
-                                 "model.rope", device)  # fmt: skip
+        rotation = config.rope.inv_freq(config.head_dim), config.rope.attention_scaling()
+        self.angles = RoPEAngles(*rotation, "model.rope", device)
+        self.sink_angles = None
+        if any(attention.policy(own).sink for own in config.sliding_windows):
+            self.sink_angles = RoPEAngles(*rotation, "model.sink_rope", device, attention.last_sink_pos)
         self.blocks = [Block(parts, i) for i in range(config.num_hidden_layers)]
         self.norm = parts.add_norm("model.norm", config.hidden_size)
         if config.tie_word_embeddings:
@@ -138,11 +157,12 @@ class Decoder(Layer):
             checkpoint.finish()
         self.logits = Logits(head, "lm_head", device)
 
-    def record(self, step: Step, cache: list[Tensor]) -> Tensor:
-        """Records the whole model. Returns the logits [logit rows, vocab_size]."""
+    def record(self, step: Step, cache: Sequence[Pages]) -> Tensor:
+        """Records the whole model over the pages of each layer. Returns the logits [logit rows, vocab_size]."""
         inputs = step.tensors
         x = self.embedding.forward(inputs["token"])
-        angles = self.angles.forward(inputs["pos"])
+        from_sinks = self.sink_angles.forward(inputs["pos"]) if self.sink_angles else None
+        angles = Angles(self.angles.forward(inputs["pos"]), from_sinks)
         pending: list[Tensor] = []  # what the next norm adds to x
         for block, pages in zip(self.blocks, cache, strict=True):
             pending = [block.forward(x, pending, angles, pages, inputs)]

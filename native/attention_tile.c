@@ -1,0 +1,383 @@
+#include "attention_tile.h"
+
+#include <unistd.h>
+
+enum { MOST_QUERIES = 384, TILES_A_THREAD = 4 };
+
+/* As many queries as have their state in half of the L2 cache: each block of keys is read once for all of them. */
+int64_t q_block_of(const struct attention *op)
+{
+    static int64_t cache;
+    if (op->q_block > 0)
+        return max_i64(op->q_block, group_of(op));
+    if (!cache) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+        cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        cache = cache > 0 ? cache : 512 << 10; /* where the system does not say */
+    }
+    int64_t strip = strip_of(op), query = 4 * (2 * value_width(op->head_dim) + op->head_dim);
+    return max_i64(group_of(op), max_i64(1, min_i64(MOST_QUERIES, cache / 2 / query) / strip) * strip);
+}
+
+int64_t tile_rows(const struct attention *op, int32_t threads)
+{
+    int64_t rows = q_block_of(op) / group_of(op), least = max_i64(1, strip_of(op) / group_of(op));
+    while (rows > least && op->q_block == 0 && *op->rows * op->kv_heads < rows * threads * TILES_A_THREAD)
+        rows = max_i64(least, rows / 2);
+    return rows;
+}
+
+static int64_t q_row_of(const struct attention *op)
+{
+    return round_up(op->head_dim, line_inputs(op->kv_dtype)) + LANES;
+}
+
+/* The next part of a memory that is being divided, or measured where there is none. */
+static void *cut(char *memory, int64_t *used, int64_t bytes)
+{
+    char *part = memory ? memory + *used : NULL;
+    *used += round_up(bytes, 64);
+    return part;
+}
+
+int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int64_t strip, int64_t keys)
+{
+    int64_t pages = keys / PAGE, sink = t->op->sink > 0, used = 0;
+    t->width = value_width(t->op->head_dim);
+    t->strip = strip;
+    t->q_row = q_row_of(t->op);
+    t->score_row = keys + LANES; /* neighbours in different sets of the L1 cache */
+    t->group = group_of(t->op);
+    t->q = cut(memory, &used, queries * t->q_row * 4);
+    t->q_sink = cut(memory, &used, sink * queries * t->q_row * 4);
+    t->scores = cut(memory, &used, strip * t->score_row * 4);
+    t->sink_scores = cut(memory, &used, sink * strip * PAGE * 4);
+    t->out = cut(memory, &used, queries * t->width * 4);
+    t->max = cut(memory, &used, queries * 4);
+    t->sum = cut(memory, &used, queries * 4);
+    t->page = cut(memory, &used, pages * 8);
+    t->part = cut(memory, &used, pages * (int64_t)sizeof *t->part);
+    t->values = cut(memory, &used, pages * 8);
+    return used;
+}
+
+static bool is_mine(const struct attention *op, int64_t row)
+{
+    return op->pos[row] >= op->from_pos && op->pos[row] < op->until_pos;
+}
+
+bool tile_before(struct attention_tile *t, int64_t *end, int64_t max_rows)
+{
+    const struct attention *op = t->op;
+    while (*end > 0 && !is_mine(op, *end - 1))
+        --*end;
+    if (*end == 0)
+        return false;
+    t->row = *end - 1;
+    while (t->row > 0 && *end - t->row < max_rows && op->seq[t->row - 1] == op->seq[*end - 1] &&
+           is_mine(op, t->row - 1))
+        t->row--;
+    t->rows = *end - t->row;
+    t->queries = t->rows * t->group;
+    *end = t->row;
+    return true;
+}
+
+struct span visible(const struct attention *op, int64_t row)
+{
+    int64_t pos = op->pos[row];
+    return (struct span){op->window > 0 ? max_i64(0, pos - op->window + 1) : 0, pos};
+}
+
+int64_t tile_next_page(const struct attention_tile *t, int64_t page)
+{
+    bool sees_all = page * PAGE < t->op->sink;
+    return sees_all ? page : max_i64(page, visible(t->op, t->row).first / PAGE);
+}
+
+int64_t tile_end_page(const struct attention_tile *t) { return t->op->pos[t->row + t->rows - 1] / PAGE + 1; }
+
+/* Puts a query into the form in which the micro-kernel reads A: pairs of bf16 for the dot instruction. */
+static void load_query(const struct attention_tile *t, const float *from, float *to)
+{
+    int64_t count = t->op->head_dim;
+#ifdef BF16_DOT
+    if (t->op->kv_dtype == DTYPE_BF16) {
+        for (int64_t i = 0; i < count; i++)
+            ((uint16_t *)to)[i] = f32_to_bf16(from[i]);
+        return;
+    }
+#endif
+    memcpy(to, from, (size_t)count * sizeof *to);
+    for (int64_t i = count; i < t->q_row; i++)
+        to[i] = 0.0f;
+}
+
+void tile_load_queries(struct attention_tile *t)
+{
+    const struct attention *op = t->op;
+    for (int64_t i = 0; i < t->queries; i++) {
+        int64_t row = row_of(t, i), column = (t->kv_head * t->group + i % t->group) * op->head_dim;
+        load_query(t, op->q + row * op->q_stride + column, t->q + i * t->q_row);
+        if (op->sink)
+            load_query(t, op->q_sink + row * op->q_sink_stride + column, t->q_sink + i * t->q_row);
+    }
+}
+
+void tile_clear_sums(struct attention_tile *t)
+{
+    memset(t->out, 0, (size_t)(t->queries * t->width) * sizeof *t->out);
+    for (int64_t i = 0; i < t->queries; i++)
+        t->max[i] = -INFINITY, t->sum[i] = 0.0f;
+}
+
+/* What a strip of queries, from position `first` to `last`, needs of a page: halves of it, since windows and the
+ * diagonal seldom end with a page. What is left out would have added exact zeros. */
+static struct part part_of(const struct attention_tile *t, int64_t page, int64_t first, int64_t last)
+{
+    const struct attention *op = t->op;
+    int64_t begin = page * PAGE, window = op->window > 0 ? max_i64(0, first - op->window + 1) - begin : 0;
+    int64_t sinks = op->sink - begin, from = sinks > 0 ? 0 : max_i64(0, window), to = min_i64(PAGE, last + 1 - begin);
+    if (window >= PAGE)
+        to = min_i64(to, sinks);
+    return (struct part){.page = page, .from = from / HALF * HALF, .to = round_up(max_i64(to, 0), HALF),
+                         .sinks = max_i64(0, min_i64(PAGE, sinks)), .only_sinks = window >= PAGE};
+}
+
+/* Finds a part's keys, values and scales. */
+static const char *find_part(const struct attention_tile *t, struct part *part)
+{
+    const struct attention *op = t->op;
+    int64_t entry = page_entry(part->page, op->sink_pages, op->ring_pages);
+    int64_t page = op->page_table[(int64_t)op->seq[t->row] * op->page_table_stride + entry];
+    int64_t index = page * op->kv_heads + t->kv_head, bytes = page_head_bytes(op->kv_dtype, op->head_dim);
+    const char *keys = (const char *)op->kv + index * bytes;
+    part->values = keys + page_key_bytes(op->kv_dtype, op->head_dim)
+                   + part->from * t->width * page_element_bytes(op->kv_dtype);
+    part->scales = (const float *)((const char *)op->kv + (int64_t)op->kv_pages * op->kv_heads * bytes)
+                   + index * page_scales(op->kv_dtype);
+    return keys;
+}
+
+/* scores[count rows] of columns [from, to) of a page */
+static void multiply_keys(const struct attention_tile *t, const float *q, const char *keys, int64_t count, int64_t from,
+                          int64_t to, float *scores, int64_t score_row)
+{
+    const struct attention *op = t->op;
+    enum line kind = line_of(op->kv_dtype);
+    const char *panels = keys + from / PANEL * line_bytes(kind);
+    struct tile_product product = {.kind = kind, .a = q, .a_row = t->q_row, .b = &panels, .pieces = 1,
+                                   .depth = round_up(op->head_dim, line_inputs(op->kv_dtype)) / line_inputs(op->kv_dtype),
+                                   .b_step = PAGE / PANEL * line_bytes(kind), .c = scores, .c_row = score_row};
+    tile_product(&product, count, (to - from) / PANEL);
+}
+
+/* The scores of a part, for queries first .. first + count. Sinks are seen by queries of their own. */
+static void score_part(const struct attention_tile *t, struct part *part, int64_t first, int64_t count, float *scores)
+{
+    const char *keys = find_part(t, part);
+    if (!part->only_sinks)
+        multiply_keys(t, t->q + first * t->q_row, keys, count, part->from, part->to, scores, t->score_row);
+    if (!part->sinks)
+        return;
+    multiply_keys(t, t->q_sink + first * t->q_row, keys, count, 0, round_up(part->sinks, PANEL), t->sink_scores, PAGE);
+    for (int64_t r = 0; r < count; r++)
+        memcpy(scores + r * t->score_row, t->sink_scores + r * PAGE, (size_t)part->sinks * sizeof *scores);
+}
+
+/* Puts minus infinity into the scores of a part where a row that sees `seen` and the sinks does not look. */
+static void hide(const struct part *part, struct span seen, int64_t sink, float *scores)
+{
+    int64_t begin = part->page * PAGE + part->from, end = part->page * PAGE + part->to;
+    for (int64_t pos = max_i64(begin, sink); pos < min_i64(end, seen.first); pos++)
+        scores[pos - begin] = -INFINITY;
+    for (int64_t pos = max_i64(begin, seen.last + 1); pos < end; pos++)
+        scores[pos - begin] = -INFINITY;
+}
+
+/* Vectors to half a page. Each has a chain of its own in a reduction: one chain would wait for itself. */
+enum { VECTORS_OF_HALF = HALF / LANES, CHAINS = 2 * VECTORS_OF_HALF };
+
+#define EACH_HALF(part, statement)                          \
+    do {                                                    \
+        if ((part)->from == 0) { const int chain = 0; statement }                      \
+        if ((part)->to == PAGE) { const int chain = VECTORS_OF_HALF; statement }       \
+    } while (0)
+
+INLINE void highest_of_half(const float *scores, vec *highest, const int chain)
+{
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS_OF_HALF; j++)
+        highest[chain + j] = vec_max(highest[chain + j], vec_load(scores + j * LANES));
+}
+
+INLINE float highest_score(const struct attention_tile *t, int64_t row, int64_t parts, float *scores, const int32_t dtype)
+{
+    struct span seen = visible(t->op, row);
+    vec highest[CHAINS];
+    for (int j = 0; j < CHAINS; j++)
+        highest[j] = vec_set(-INFINITY);
+    for (const struct part *part = t->part; part < t->part + parts; part++) {
+        int64_t begin = part->page * PAGE + part->from, end = part->page * PAGE + part->to;
+        if (dtype == DTYPE_I8)
+            for (int64_t i = 0; i < end - begin; i += LANES)
+                vec_store(scores + i, vec_mul(vec_load(scores + i), vec_load(part->scales + part->from + i)));
+        if (begin < seen.first || end - 1 > seen.last)
+            hide(part, seen, t->op->sink, scores);
+        EACH_HALF(part, highest_of_half(scores, highest, chain); scores += HALF;);
+    }
+    for (int j = 1; j < CHAINS; j++)
+        highest[0] = vec_max(highest[0], highest[j]);
+    return vec_reduce_max(highest[0]);
+}
+
+/* Stores the weights of positions i .. i + LANES where the micro-kernel will read them as A. */
+INLINE void store_weights(float *weights, int64_t i, vec w, int32_t dtype)
+{
+#ifdef BF16_DOT
+    if (dtype == DTYPE_BF16) {
+        vec_store_bf16((uint16_t *)weights + i, w);
+        return;
+    }
+#endif
+    (void)dtype;
+    vec_store(weights + i, w);
+}
+
+INLINE void weigh_half(const struct part *part, float *scores, int64_t at, vec top, vec scale, const int32_t dtype, vec *sum,
+                       const int chain)
+{
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS_OF_HALF; j++) {
+        vec w = vec_exp2(vec_mul(vec_sub(vec_load(scores + at + j * LANES), top), scale));
+        sum[chain + j] = vec_add(sum[chain + j], w);
+        if (dtype == DTYPE_I8)
+            w = vec_mul(w, vec_load(part->scales + PAGE + (chain + j) * LANES));
+        store_weights(scores, at + j * LANES, w, dtype);
+    }
+}
+
+/* Scores become weights 2^((score - max) · scale), in place. Returns their sum. */
+INLINE float weigh(const struct attention_tile *t, int64_t parts, float max, float *scores, const int32_t dtype)
+{
+    vec top = vec_set(max), scale = vec_set(exponent_scale(t->op)), sum[CHAINS];
+    int64_t at = 0;
+    for (int j = 0; j < CHAINS; j++)
+        sum[j] = vec_set(0.0f);
+    for (const struct part *part = t->part; part < t->part + parts; part++)
+        EACH_HALF(part, weigh_half(part, scores, at, top, scale, dtype, sum, chain); at += HALF;);
+    for (int j = 1; j < CHAINS; j++)
+        sum[0] = vec_add(sum[0], sum[j]);
+    return vec_reduce_add(sum[0]);
+}
+
+/* Brings what a query has summed up so far to a new highest score. */
+static void raise_max(struct attention_tile *t, int64_t query, float highest)
+{
+    float old = t->max[query], *out = t->out + query * t->width;
+    t->max[query] = highest;
+    if (old == -INFINITY)
+        return;
+    float shrink = exp2_of((old - highest) * exponent_scale(t->op));
+    t->sum[query] *= shrink;
+    for (int64_t d = 0; d < t->width; d += LANES)
+        vec_store(out + d, vec_mul(vec_load(out + d), vec_set(shrink)));
+}
+
+/* Turns the `columns` scores of one query into weights. */
+INLINE void soften(struct attention_tile *t, int64_t query, int64_t parts, int64_t columns, float *scores,
+                   const int32_t dtype)
+{
+    float highest = highest_score(t, row_of(t, query), parts, scores, dtype);
+    if (highest == -INFINITY) { /* it sees nothing of this block */
+        memset(scores, 0, (size_t)columns * sizeof *scores);
+        return;
+    }
+    if (!(highest <= t->max[query]))
+        raise_max(t, query, highest);
+    t->sum[query] += weigh(t, parts, t->max[query], scores, dtype);
+}
+
+/* A function for each dtype, of which f16 is softened as f32 is. */
+#define SOFTEN(name, dtype)                                                                                         \
+    static void name(struct attention_tile *t, int64_t query, int64_t parts, int64_t columns, float *scores)         \
+    {                                                                                                               \
+        soften(t, query, parts, columns, scores, dtype);                                                            \
+    }
+SOFTEN(soften_f32, DTYPE_F32)
+SOFTEN(soften_bf16, DTYPE_BF16)
+SOFTEN(soften_i8, DTYPE_I8)
+
+/* out[queries first .. first + count] += weights · values, as many parts of one height at a time as follow each other */
+static void multiply_values(const struct attention_tile *t, int64_t first, int64_t count, int64_t parts)
+{
+    const struct attention *op = t->op;
+    enum line kind = line_of(op->kv_dtype);
+    const float *weights = t->scores;
+    for (int64_t i = 0, run; i < parts; i += run) {
+        int64_t height = t->part[i].to - t->part[i].from;
+        for (run = 0; i + run < parts && t->part[i + run].to - t->part[i + run].from == height; run++)
+            t->values[run] = t->part[i + run].values;
+        struct tile_product product = {.kind = kind, .a = weights, .a_row = t->score_row, .b = t->values, .pieces = run,
+                                       .depth = height / line_inputs(op->kv_dtype),
+                                       .b_step = t->width / PANEL * line_bytes(kind), .c = t->out + first * t->width,
+                                       .c_row = t->width, .add = true};
+        tile_product(&product, count, t->width / PANEL);
+        weights += run * product.depth * line_floats(kind);
+    }
+}
+
+static void attend_strip(struct attention_tile *t, int64_t first, int64_t count, int64_t pages)
+{
+    const struct attention *op = t->op;
+    int64_t first_pos = op->pos[row_of(t, first)], last_pos = op->pos[row_of(t, first + count - 1)];
+    int64_t parts = 0, columns = 0;
+    for (int64_t i = 0; i < pages; i++) {
+        struct part *part = &t->part[parts];
+        *part = part_of(t, t->page[i], first_pos, last_pos);
+        if (part->to <= part->from)
+            continue;
+        score_part(t, part, first, count, t->scores + columns);
+        columns += part->to - part->from;
+        parts++;
+    }
+    for (int64_t r = 0; r < count; r++) {
+        float *scores = t->scores + r * t->score_row;
+        switch (op->kv_dtype) {
+        case DTYPE_BF16: soften_bf16(t, first + r, parts, columns, scores); break;
+        case DTYPE_I8: soften_i8(t, first + r, parts, columns, scores); break;
+        default: soften_f32(t, first + r, parts, columns, scores);
+        }
+    }
+    multiply_values(t, first, count, parts);
+}
+
+void tile_attend(struct attention_tile *t, int64_t count)
+{
+    for (int64_t first = 0; first < t->queries; first += t->strip)
+        attend_strip(t, first, min_i64(t->strip, t->queries - first), count);
+}
+
+void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size)
+{
+    int64_t page = tile_next_page(t, first);
+    until = min_i64(until, tile_end_page(t));
+    while (page < until) {
+        int64_t count = 0, end = min_i64(until, (page / size + 1) * size);
+        for (; page < end; page = tile_next_page(t, page + 1))
+            t->page[count++] = page;
+        tile_attend(t, count);
+    }
+}
+
+void tile_finish(const struct attention_tile *t)
+{
+    int64_t head_dim = t->op->head_dim;
+    for (int64_t i = 0; i < t->queries; i++) {
+        const float *sums = t->out + i * t->width;
+        float *out = out_of(t, i), factor = 1.0f / t->sum[i];
+        for (int64_t d = 0; d < head_dim; d += LANES)
+            vec_store_upto(out + d, vec_mul(vec_load(sums + d), vec_set(factor)), head_dim - d);
+    }
+}

@@ -1,0 +1,94 @@
+/* What the kinds of attention share. A tile is some rows of one sequence times the query heads that share one KV head,
+ * so that a page of keys is read once for all of them. It meets the keys in blocks of pages; after each, its sums stand
+ * as if the softmax had known the highest score from the start (Milakov and Gimelshein, 2018).
+ *
+ * A row's arithmetic does not depend on its tile: every score is one chain over head_dim, every output one chain over
+ * the positions of the blocks, and what a row does not see adds exact zeros. The blocks do decide its bits. */
+#ifndef ATTENTION_TILE_H
+#define ATTENTION_TILE_H
+
+#include "page.h"
+#include "tile.h"
+
+struct span { int64_t first, last; }; /* positions, both included */
+
+enum { HALF = PAGE / 2 };
+
+/* What a strip of queries needs of a page: columns [from, to), whole halves. */
+struct part {
+    int64_t page, from, to;
+    int64_t sinks;                 /* how many of the page's positions are sinks */
+    bool only_sinks;               /* and whether they are all that is seen of it */
+    const char *values;
+    const float *scales;           /* [keys, values][PAGE]: int8 only */
+};
+
+struct attention_tile {
+    const struct attention *op;
+    int64_t row, rows;             /* of one sequence, in order of position */
+    int64_t kv_head, group;        /* group: query heads to a KV head */
+    int64_t queries, width;        /* rows * group; floats of a query's sums, whole panels */
+    int64_t strip;                 /* queries whose scores exist at a time */
+    float *q, *q_sink;             /* [queries][q_row], as the micro-kernel takes them */
+    int64_t q_row;
+    float *scores, *sink_scores;   /* [strip][score_row], [strip][PAGE] */
+    int64_t score_row;
+    float *out, *max, *sum;        /* [queries][width]: sums of weight · value; highest score; sum of weights */
+    int64_t *page;                 /* numbers of a block's pages */
+    struct part *part;             /* what the strip at hand needs of them */
+    const char **values;           /* where the values of some of them lie */
+};
+
+/* Lays out the memory of a tile of so many queries and keys to a block. Returns its bytes; memory may be NULL. */
+int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int64_t strip, int64_t keys);
+
+/* Walks the rows of a step from the last to the first, which in a prompt is the longest work first: moves to the up to
+ * max_rows rows before *end that are of one sequence and within the op's positions. False when there are none left. */
+bool tile_before(struct attention_tile *t, int64_t *end, int64_t max_rows);
+
+void tile_load_queries(struct attention_tile *t);
+void tile_clear_sums(struct attention_tile *t);
+
+/* What a row sees beside the sinks. */
+struct span visible(const struct attention *op, int64_t row);
+/* The first page from `page` on that a tile sees anything of, and the page after the last. */
+int64_t tile_next_page(const struct attention_tile *t, int64_t page);
+int64_t tile_end_page(const struct attention_tile *t);
+
+/* Adds the keys and values of `count` pages, t->page, to the sums. */
+void tile_attend(struct attention_tile *t, int64_t count);
+/* The same for those of pages [first, until) that it sees, in blocks of `size` pages cut at multiples of it. */
+void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size);
+
+/* Writes the outputs: sums over sums of weights. */
+void tile_finish(const struct attention_tile *t);
+
+/* Query i of a tile is head i % group of row i / group. */
+static inline int64_t row_of(const struct attention_tile *t, int64_t query) { return t->row + query / t->group; }
+static inline float *out_of(const struct attention_tile *t, int64_t query)
+{
+    int64_t head = t->kv_head * t->group + query % t->group;
+    return t->op->out + row_of(t, query) * t->op->out_stride + head * t->op->head_dim;
+}
+/* Queries that fill the micro-kernel. */
+static inline int64_t strip_of(const struct attention *op) { return tile_product_rows(line_of(op->kv_dtype)); }
+static inline int64_t group_of(const struct attention *op) { return op->heads / op->kv_heads; }
+
+/* Factor from scores to exponents of two. */
+static inline float exponent_scale(const struct attention *op) { return op->scale * 1.44269504089f; }
+
+/* 2^x of one number, with the bits of vec_exp2. */
+static inline float exp2_of(float x)
+{
+    float lane[LANES];
+    vec_store(lane, vec_exp2(vec_set(x)));
+    return lane[0];
+}
+
+/* The blocks of flash and streaming attention: the most queries to a tile, and pages of keys. */
+int64_t q_block_of(const struct attention *op);
+static inline int64_t block_pages(const struct attention *op) { return op->kv_block / PAGE; }
+/* Rows to a tile in a step of so many: fewer than fill a tile where threads would otherwise have nothing to do. */
+int64_t tile_rows(const struct attention *op, int32_t threads);
+
+#endif

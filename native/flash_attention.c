@@ -1,0 +1,36 @@
+/* Flash attention: tiles of queries meet blocks of keys, the scores of a block live in the L1 cache, and one running
+ * softmax is mended from block to block (Dao, 2023). Tiles and heads are shared out among threads. */
+#include "attention_tile.h"
+
+#if USE_FLASH_ATTENTION
+
+static int64_t place(struct attention_tile *t, char *memory)
+{
+    return tile_place(t, memory, q_block_of(t->op), strip_of(t->op), t->op->kv_block);
+}
+
+int64_t flash_attention_scratch(const struct attention *op, int32_t threads, int32_t max_rows)
+{
+    struct attention_tile t = {.op = op};
+    (void)max_rows;
+    return place(&t, NULL) * threads;
+}
+
+void flash_attention(const struct attention *op, struct worker *me)
+{
+    struct attention_tile t = {.op = op};
+    place(&t, me->team->scratch + me->index * place(&t, NULL));
+    int64_t end = *op->rows, rows = tile_rows(op, me->team->threads);
+    int32_t item = 0, next = take(me);
+    while (tile_before(&t, &end, rows))
+        for (t.kv_head = 0; t.kv_head < op->kv_heads; t.kv_head++)
+            if (item++ == next) {
+                tile_load_queries(&t);
+                tile_clear_sums(&t);
+                tile_attend_blocks(&t, 0, tile_end_page(&t), block_pages(op));
+                tile_finish(&t);
+                next = take(me);
+            }
+}
+
+#endif

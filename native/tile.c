@@ -1,0 +1,86 @@
+/* Products of any shape out of register tiles: full tiles first, then ever fewer rows. */
+#include "amx.h"
+#include "tile.h"
+
+/* The most panels that fit into registers beside so many rows. */
+#define COLUMNS_FOR(rows)                                                                                \
+    ((rows) * 8 * VECTORS <= ACCUMULATORS ? 8 : (rows) * 4 * VECTORS <= ACCUMULATORS ? 4                 \
+     : (rows) * 2 * VECTORS <= ACCUMULATORS ? 2 : 1)
+
+INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t panel, const int rows, const int columns,
+                          const enum line kind)
+{
+    const int width = columns * VECTORS;
+    float *c = p->c + row * p->c_row + panel * PANEL;
+    struct tile t = {.a = p->a + row * p->a_row, .a_row = p->a_row, .a_step = line_floats(kind), .b_step = p->b_step,
+                     .b_column = line_bytes(kind), .depth = p->depth};
+    vec acc[ACCUMULATORS];
+    if (p->add) {
+#pragma GCC unroll 24
+        for (int i = 0; i < rows * width; i++)
+            acc[i] = vec_load(c + i / width * p->c_row + i % width * LANES);
+    } else
+        tile_clear(acc, rows, columns);
+    for (int64_t piece = 0; piece < p->pieces; piece++, t.a += p->depth * line_floats(kind)) {
+        t.b = p->b[piece] + panel * line_bytes(kind);
+        tile_accumulate(acc, &t, rows, columns, kind);
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * width; i++)
+        vec_store(c + i / width * p->c_row + i % width * LANES, acc[i]);
+}
+
+/* As many full tiles of `height` rows as there are, panels outermost: those of a tile stay in the L1 cache. Returns the
+ * row after them. */
+INLINE int64_t multiply_rows(const struct tile_product *p, int64_t row, int64_t rows, int64_t panels, const int height,
+                             const enum line kind)
+{
+    const int columns = COLUMNS_FOR(height);
+    int64_t end = row + (rows - row) / height * height, panel = 0;
+    if (end == row)
+        return row;
+    for (; panel + columns <= panels; panel += columns)
+        for (int64_t r = row; r < end; r += height)
+            multiply_tile(p, r, panel, height, columns, kind);
+    for (; panel < panels; panel++)
+        for (int64_t r = row; r < end; r += height)
+            multiply_tile(p, r, panel, height, 1, kind);
+    return end;
+}
+
+/* A function for each kind of line and height: as one they take a compiler very long. */
+#define HEIGHT(name, kind, height)                                                                                \
+    static int64_t name##_##height(const struct tile_product *p, int64_t row, int64_t rows, int64_t panels)       \
+    {                                                                                                             \
+        return multiply_rows(p, row, rows, panels, height <= ACCUMULATORS / VECTORS ? height : 1, kind);          \
+    }
+#define KIND(name, kind)                                                                                          \
+    HEIGHT(name, kind, 1) HEIGHT(name, kind, 2) HEIGHT(name, kind, 3) HEIGHT(name, kind, 6) HEIGHT(name, kind, 12)
+KIND(f32, LINE_F32)
+KIND(f16, LINE_F16)
+KIND(bf16, LINE_BF16)
+KIND(i8, LINE_I8)
+
+typedef int64_t kernel(const struct tile_product *p, int64_t row, int64_t rows, int64_t panels);
+#define HEIGHTS(name) {name##_12, name##_6, name##_3, name##_2, name##_1}
+static kernel *const kernels[][5] = {
+    [LINE_F32] = HEIGHTS(f32), [LINE_F16] = HEIGHTS(f16), [LINE_BF16] = HEIGHTS(bf16), [LINE_I8] = HEIGHTS(i8)};
+static const int heights[5] = {12, 6, 3, 2, 1};
+
+void tile_product(const struct tile_product *p, int64_t rows, int64_t panels)
+{
+#ifdef __AMX_BF16__
+    if (p->kind == LINE_BF16) {
+        struct amx_product product = {.a = (const char *)p->a, .a_row = p->a_row * 4, .a_step = 64,
+                                      .a_block = 16 * p->a_row * 4, .b = p->b, .pieces = p->pieces, .depth = p->depth,
+                                      .b_step = p->b_step, .b_column = line_bytes(LINE_BF16), .c = p->c,
+                                      .c_row = p->c_row, .add = p->add};
+        amx_product(&product, rows, panels);
+        return;
+    }
+#endif
+    int64_t row = 0;
+    for (int i = 0; row < rows; i++)
+        if (heights[i] <= ACCUMULATORS / VECTORS && (heights[i] < 12 || LANES == 16))
+            row = kernels[p->kind][i](p, row, rows, panels);
+}
