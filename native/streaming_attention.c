@@ -19,7 +19,7 @@ struct scratch {
 
 static int64_t place(struct attention_tile *t, char *memory)
 {
-    return tile_place(t, memory, q_block_of(t->op), strip_of(t->op), t->op->kv_block);
+    return tile_place(t, memory, max_i64(q_block_of(t->op), t->op->heads), strip_of(t->op), t->op->kv_block);
 }
 
 static int64_t divide(const struct attention *op, int32_t threads, int64_t max_rows, struct worker *me, struct scratch *s)
@@ -122,15 +122,22 @@ static struct partial partial_of(const struct attention *op, const struct scratc
     return (struct partial){start, start + op->heads, start + 2 * op->heads};
 }
 
-/* One range of one row, all heads. */
-static void attend_range(struct attention_tile *t, int64_t range, struct partial part)
+/* One range of one row, all heads of a block of pages before the next: a straight walk through memory. */
+static void attend_range(const struct attention_tile *whole, int64_t range, struct partial part)
 {
-    for (t->kv_head = 0; t->kv_head < t->op->kv_heads; t->kv_head++) {
-        int64_t head = t->kv_head * t->group;
-        t->max = part.max + head, t->sum = part.sum + head, t->out = part.out + head * t->width;
-        tile_load_queries(t);
-        tile_clear_sums(t);
-        tile_attend_blocks(t, range * RANGE, (range + 1) * RANGE, block_pages(t->op));
+    int64_t size = block_pages(whole->op), end = (range + 1) * RANGE;
+    for (int64_t first = range * RANGE; first < end; first += size) {
+        struct attention_tile t = *whole;
+        for (t.kv_head = 0; t.kv_head < t.op->kv_heads; t.kv_head++) {
+            int64_t head = t.kv_head * t.group;
+            t.q = whole->q + head * t.q_row, t.q_sink = whole->q_sink + head * t.q_row;
+            t.max = part.max + head, t.sum = part.sum + head, t.out = part.out + head * t.width;
+            if (first == range * RANGE) {
+                tile_load_queries(&t);
+                tile_clear_sums(&t);
+            }
+            tile_attend_blocks(&t, first, first + size, size);
+        }
     }
 }
 

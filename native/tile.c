@@ -35,13 +35,16 @@ INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t pan
 INLINE int64_t multiply_rows(const struct tile_product *p, int64_t row, int64_t rows, int64_t panels, const int height,
                              const enum line kind)
 {
-    const int columns = COLUMNS_FOR(height);
+    const int columns = COLUMNS_FOR(height), half = columns > 1 ? columns / 2 : 1;
     int64_t end = row + (rows - row) / height * height, panel = 0;
     if (end == row)
         return row;
     for (; panel + columns <= panels; panel += columns)
         for (int64_t r = row; r < end; r += height)
             multiply_tile(p, r, panel, height, columns, kind);
+    for (; half > 1 && panel + half <= panels; panel += half)
+        for (int64_t r = row; r < end; r += height)
+            multiply_tile(p, r, panel, height, half, kind);
     for (; panel < panels; panel++)
         for (int64_t r = row; r < end; r += height)
             multiply_tile(p, r, panel, height, 1, kind);
@@ -67,6 +70,15 @@ static kernel *const kernels[][5] = {
     [LINE_F32] = HEIGHTS(f32), [LINE_F16] = HEIGHTS(f16), [LINE_BF16] = HEIGHTS(bf16), [LINE_I8] = HEIGHTS(i8)};
 static const int heights[5] = {12, 6, 3, 2, 1};
 
+/* Whether tiles of so many rows are of use here. Two or three rows wait for B, and should read its lines whole: where
+ * registers do not suffice for that, one row after the other does it better, unless widening B is most of the work. */
+static bool is_useful(int height, enum line kind)
+{
+    if (height * VECTORS > ACCUMULATORS || (height == 12 && LANES < 16))
+        return false;
+    return height == 1 || height >= 6 || kind == LINE_I8 || height * 4 * VECTORS <= ACCUMULATORS;
+}
+
 void tile_product(const struct tile_product *p, int64_t rows, int64_t panels)
 {
 #ifdef __AMX_BF16__
@@ -81,6 +93,6 @@ void tile_product(const struct tile_product *p, int64_t rows, int64_t panels)
 #endif
     int64_t row = 0;
     for (int i = 0; row < rows; i++)
-        if (heights[i] <= ACCUMULATORS / VECTORS && (heights[i] < 12 || LANES == 16))
+        if (is_useful(heights[i], p->kind))
             row = kernels[p->kind][i](p, row, rows, panels);
 }

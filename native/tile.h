@@ -70,6 +70,14 @@ INLINE vec multiply_add(vec w, vec x, vec acc, const enum line kind)
 #define HIDE(pointer) ((void)0)
 #endif
 
+/* So few rows wait for memory: what comes next is fetched into the L2 cache meanwhile. */
+enum { WAITING_ROWS = 3, PREFETCH_BYTES = 4096 };
+#ifdef __GNUC__
+#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#else
+#define PREFETCH(p) ((void)0)
+#endif
+
 /* acc[rows][columns * VECTORS] += tile. `rows`, `columns` and `kind` must be constants where this is called. */
 INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, const int columns, const enum line kind)
 {
@@ -84,6 +92,10 @@ INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, cons
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
             vec w[ACCUMULATORS];
+            if (rows <= WAITING_ROWS && part == 0)
+#pragma GCC unroll 24
+                for (int i = 0; i < columns; i++)
+                    PREFETCH(b + i * b_column + PREFETCH_BYTES);
 #pragma GCC unroll 24
             for (int i = 0; i < width; i++)
                 w[i] = line_load(b + i / VECTORS * b_column + i % VECTORS * vector_bytes, kind, part);
