@@ -30,33 +30,27 @@ uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t s
     return all;
 }
 
-#if LANES == 16
-#define KEPT(x) "+v"(x)
-#else
-#define KEPT(x) "+x"(x)
-#endif
-
 enum { CHAINS = ACCUMULATORS }; /* independent sums: more than a unit has in flight */
 
-/* The multiply-adds of a tile with everything in registers. The assembly stands for a use of the sums. */
+/* Not static: a compiler must take them for unknown, and what is written for needed. */
+float measured_weights[2 * LANES], measured_sums[LANES];
+
+/* The multiply-adds of a tile with everything in registers. */
 INLINE void multiply_rounds(int64_t rounds, const enum line kind)
 {
-    vec acc[CHAINS], x = vec_set(1e-9f), w = vec_set(1.0f);
+    vec acc[CHAINS], x = vec_set(1e-9f);
 #pragma GCC unroll 24
     for (int i = 0; i < CHAINS; i++)
         acc[i] = vec_set((float)i);
     for (int64_t n = 0; n < rounds; n++) {
+        vec w = vec_load(measured_weights + (n & 1) * LANES);
 #pragma GCC unroll 24
         for (int i = 0; i < CHAINS; i++)
             acc[i] = multiply_add(w, x, acc[i], kind);
-#if defined(__GNUC__) && LANES > 4
-#pragma GCC unroll 24
-        for (int i = 0; i < CHAINS; i++)
-            __asm__ volatile("" : KEPT(acc[i]));
-#else
-        __asm__ volatile("" ::: "memory");
-#endif
     }
+    for (int i = 1; i < CHAINS; i++)
+        acc[0] = vec_add(acc[0], acc[i]);
+    vec_store(measured_sums, acc[0]);
 }
 
 int64_t multiply_in_registers(int32_t dtype, int64_t rounds, int32_t threads)
