@@ -28,7 +28,8 @@ from engine.device.cpu import available_isas
 from engine.runner import KV_DTYPES
 
 KINDS = ("standard", "flash", "streaming")
-HEADS, HEAD_DIM, TOO_LONG = 16, 128, 5.0  # seconds of one replay
+HEADS, HEAD_DIM = 16, 128
+TOO_LONG, MOST_ROUNDS = 5.0, 20  # seconds of one replay
 
 
 @dataclass
@@ -54,7 +55,7 @@ def peak(device: Any, dtype: np.dtype) -> float:
     """Floating-point operations a second, everything in registers."""
     from engine.abi import DTYPE_CODES
 
-    rounds = 300_000
+    rounds = 100_000
     operations = device.library.multiply_in_registers(DTYPE_CODES[dtype], rounds, device.threads)
     time = seconds(lambda: device.library.multiply_in_registers(DTYPE_CODES[dtype], rounds, device.threads))
     return float(operations / time)
@@ -78,7 +79,7 @@ def measure(device: Any, dtype_name: str, kind: str, length: int, decode: bool, 
     if first > TOO_LONG:
         return None
     times, limits = [], []
-    for _ in range(enough_rounds(first, rounds)):
+    for _ in range(min(MOST_ROUNDS, enough_rounds(first, rounds))):
         times.append(seconds(rig.attend))
         limits.append(read_rate(device, rig.kv.storage) if decode else peak(device, dtype))
         if sum(times) > TOO_LONG:

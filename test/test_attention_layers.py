@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from engine.ops.attention import (
     MultiHeadAttention,
     StreamingAttention,
 )
+from tools.tune_attention import dump
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 24
@@ -178,3 +180,14 @@ def test_kinds_are_layers_of_their_own() -> None:
     names = {kind: KINDS[kind].op.name for kind in ("standard", "flash", "streaming")}
     assert names == {"standard": "attention", "flash": "flash_attention", "streaming": "streaming_attention"}
     assert issubclass(StreamingAttention, MultiHeadAttention) and issubclass(AutoAttention, MultiHeadAttention)
+
+
+def test_the_table_is_written_as_it_is_read() -> None:
+    table: dict[str, Any] = {
+        "choices": {
+            "a": {"float32": {"64": {"kv_block": {"flash": 64}, "auto": [[0, "flash"]]}, "128": {"auto": []}}},
+            "other": {"other": {"128": {"kv_block": {"flash": 256, "streaming": 128}, "auto": [[0, "streaming"]]}}},
+        }
+    }
+    assert json.loads(dump(table)) == table
+    assert dump(json.loads(TABLE.read_text("utf-8"))) == TABLE.read_text("utf-8")

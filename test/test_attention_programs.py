@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from harness import CACHE_DTYPES, devices, rounds_to_bf16
 
-from demo import attention, benchmark_plot
+from demo import attention, attention_sweep, benchmark_plot
 from demo.attention_rig import AttentionRig, AttentionShape, scratch_bytes
 from engine.abi import FLOAT32
+from engine.device.cpu import available_isas
 from engine.errors import UsageError
 
 Out = pytest.CaptureFixture[str]
@@ -199,3 +200,31 @@ def test_misuse_is_one_line(program: object, arguments: list[str], status: int, 
     assert program.main(arguments) == status  # type: ignore[attr-defined]
     errors = [line for line in capsys.readouterr().err.splitlines() if ": T = " not in line]
     assert len(errors) == 1 and "error: " in errors[0] and fragment in errors[0]
+
+
+# demo.attention_sweep.
+
+
+def test_the_sweep_measures_every_kind_and_what_would_take_too_long_is_not_run(
+    capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isa = available_isas()[-1]
+    assert attention_sweep.main(["--lengths", "4,70", "--isa", isa, "--kv-dtype", "bfloat16", "-r", "1", "-t", "1",
+                                 "-o", "json"]) == 0  # fmt: skip
+    points = json.loads(capsys.readouterr().out)
+    assert {(p["test"], p["length"], p["attention"]) for p in points} == {
+        (test, length, kind) for test in ("prefill", "decode") for length in (4, 70)
+        for kind in ("standard", "flash", "streaming")
+    }  # fmt: skip
+    assert all(p["isa"] == isa and p["share"] == p["rate"] / p["limit"] > 0 for p in points)
+    bytes_read = 70 * 2 * 16 * 128 * 2
+    assert [p["rate"] * p["seconds"] for p in points if p["test"] == "decode"][-1] == pytest.approx(bytes_read)
+    monkeypatch.setattr(attention_sweep, "TOO_LONG", 0.0)
+    assert attention_sweep.main(["--lengths", "4", "--isa", isa, "--kv-dtype", "int8", "-t", "1"]) == 0
+    assert capsys.readouterr().out.count("not run") == 6
+
+
+@pytest.mark.parametrize("arguments", [["--isa", "z80"], ["--lengths", "many"]])
+def test_the_sweep_refuses_in_one_line(arguments: list[str], capsys: Out) -> None:
+    assert attention_sweep.main(["-t", "1", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
