@@ -27,6 +27,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 INT8 = np.dtype(np.int8)
 
+LAST_POS = 2**31 - 1  # positions are int32
+
 
 def _header() -> str:
     """abi.h: in native/ in a checkout, beside the libraries where the package is installed."""

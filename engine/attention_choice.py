@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.attention_table import kinds_by_position
+from engine.abi import LAST_POS
+from engine.attention_table import KV_BLOCKS, MAX_BLOCK, kinds_by_position
 from engine.device import Device
 from engine.errors import UsageError
 
 ATTENTION_KINDS = ("auto", "standard", "flash", "streaming")
 BLOCKED_KINDS = ("flash", "streaming")  # that go over queries and keys in blocks
-LARGEST = 2**31 - 1  # positions are int32
 
 
 class Policy(NamedTuple):
@@ -79,16 +79,19 @@ def choose_attention(
     if wanted not in ATTENTION_KINDS:
         raise UsageError(f"attention {wanted!r}: expected one of {', '.join(ATTENTION_KINDS)}")
     _whole("sink", sink, 0)
-    for name, value in (("window", window), ("q_block", q_block), ("kv_block", kv_block)):
-        _whole(name, value, 1)
+    _whole("window", window, 1)
+    if q_block is not None and not (type(q_block) is int and 1 <= q_block <= MAX_BLOCK):
+        raise UsageError(f"q_block {q_block!r}: expected 1 to {MAX_BLOCK}")
+    if kv_block is not None and kv_block not in KV_BLOCKS:
+        raise UsageError(f"kv_block {kv_block!r}: expected one of {', '.join(map(str, KV_BLOCKS))}")
     if wanted != "streaming" and (sink is not None or window is not None):
         raise UsageError("sink and window belong to attention='streaming'")
     if wanted not in BLOCKED_KINDS and (q_block is not None or kv_block is not None):
         raise UsageError("q_block and kv_block belong to attention='flash' or 'streaming'")
     if sink is not None and window is None:
         raise UsageError(f"sink {sink} needs a window")
-    if (sink or 0) + (window or 0) > LARGEST:
-        raise UsageError(f"sink {sink} and window {window}: together at most {LARGEST} positions")
+    if (sink or 0) + (window or 0) > LAST_POS:
+        raise UsageError(f"sink {sink} and window {window}: together at most {LAST_POS} positions")
     why = "auto: the fastest here" if wanted == "auto" else "asked for"
     if wanted == "flash" and not device.runs("flash_attention"):
         wanted, why = "standard", "this build has no flash attention: USE_FLASH_ATTENTION=0"
@@ -96,5 +99,5 @@ def choose_attention(
 
 
 def _whole(name: str, value: object, least: int) -> None:
-    if value is not None and (type(value) is not int or not least <= value <= LARGEST):
-        raise UsageError(f"{name} {value!r}: expected a whole number of at least {least}")
+    if value is not None and (type(value) is not int or not least <= value <= LAST_POS):
+        raise UsageError(f"{name} {value!r}: expected a whole number from {least} to {LAST_POS}")

@@ -15,6 +15,8 @@ import numpy as np
 
 from engine.device import Device
 
+MAX_BLOCK = 1024  # queries
+KV_BLOCKS = (64, 128, 256, 512, 1024)  # whole pages that divide a range of streaming attention
 TABLE = Path(__file__).with_suffix(".json")
 
 

@@ -11,7 +11,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from engine.attention_choice import LARGEST, choose_attention
+from engine.abi import LAST_POS
+from engine.attention_choice import choose_attention
 from engine.checkpoint import Checkpoint
 from engine.config import load_config, load_generation_config
 from engine.device import Progress, open_device
@@ -77,7 +78,7 @@ class LLM:
         self.generation_config = load_generation_config(self.directory / "generation_config.json")
         self.tokenizer, self._no_tokenizer = _find_tokenizer(tokenizer, self.directory)
         max_seq_len = min(max_seq_len, self.config.max_position_embeddings)
-        self.max_seq_len = LARGEST if choice.is_endless else max_seq_len
+        self.max_seq_len = LAST_POS if choice.is_endless else max_seq_len
         self.eos_ids = self._eos_ids()
         self.runner = Runner(self.config, checkpoint, self.device, dtype=dtype, kv_dtype=kv_dtype, attention=choice,
                              max_seq_len=max_seq_len, max_batch=max_batch,

@@ -104,8 +104,8 @@ static void load_query(const struct attention_tile *t, const float *from, float 
     int64_t count = t->op->head_dim;
 #ifdef BF16_DOT
     if (t->op->kv_dtype == DTYPE_BF16) {
-        for (int64_t i = 0; i < count; i++)
-            ((uint16_t *)to)[i] = f32_to_bf16(from[i]);
+        for (int64_t i = 0; i < round_up(count, 2); i++)
+            ((uint16_t *)to)[i] = i < count ? f32_to_bf16(from[i]) : 0;
         return;
     }
 #endif
@@ -285,14 +285,26 @@ static void raise_max(struct attention_tile *t, int64_t query, float highest)
         vec_store(out + d, vec_mul(vec_load(out + d), vec_set(shrink)));
 }
 
+/* A maximum passes over NaN. Where nothing else is left, this tells NaN from nothing. */
+static bool has_nan(const float *scores, int64_t count)
+{
+    bool found = false;
+    for (int64_t i = 0; i < count; i++)
+        found |= scores[i] != scores[i];
+    return found;
+}
+
 /* Turns the `columns` scores of one query into weights. */
 INLINE void soften(struct attention_tile *t, int64_t query, int64_t parts, int64_t columns, float *scores,
                    const int32_t dtype)
 {
     float highest = highest_score(t, row_of(t, query), parts, scores, dtype);
-    if (highest == -INFINITY) { /* it sees nothing of this block */
-        memset(scores, 0, (size_t)columns * sizeof *scores);
-        return;
+    if (highest == -INFINITY) {
+        if (!has_nan(scores, columns)) { /* it sees nothing of this block */
+            memset(scores, 0, (size_t)columns * sizeof *scores);
+            return;
+        }
+        highest = NAN;
     }
     if (!(highest <= t->max[query]))
         raise_max(t, query, highest);

@@ -49,9 +49,11 @@ static inline void put(char *line, int64_t i, float x, const int32_t dtype)
 static float scale_of(const float *x, int64_t count)
 {
     float most = 0.0f;
-    for (int64_t i = 0; i < count; i++)
-        if (!(fabsf(x[i]) <= most))
-            most = fabsf(x[i]);
+    for (int64_t i = 0; i < count; i++) {
+        if (x[i] != x[i])
+            return NAN;
+        most = fmaxf(most, fabsf(x[i]));
+    }
     return most / 127.0f;
 }
 

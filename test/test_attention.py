@@ -314,6 +314,21 @@ def exact_row(case: AttentionCase, sequence: QKV, row: int, dtype: np.dtype) -> 
     return (weights / weights.sum(axis=1, keepdims=True) @ v).reshape(-1)
 
 
+@every_dtype
+@every_kind
+def test_a_single_nan_is_not_hidden(kind: str, dtype: np.dtype) -> None:
+    """One element of one key or value, wherever it stands: every row that sees it says so, also the row whose block
+    holds nothing else that it sees."""
+    case = AttentionCase(2, 1, 16, (300,), kind=kind, kv_block=64)
+    for where, position, dim in (("k", 0, 0), ("k", 64, 7), ("k", 256, 15), ("v", 64, 0), ("v", 70, 9)):
+        data = sequences(case)[0]
+        ill = getattr(data, where).copy()
+        ill[position, 0, dim] = np.nan
+        for device in cpu_devices():
+            out = AttentionRig(device, case, dtype).run_whole([replace(data, **{where: ill})])[0]
+            assert np.isnan(out[position:]).any(axis=1).all(), (device.description, where, position)
+
+
 def test_unsuitable_shapes_are_refused() -> None:
     rig = AttentionRig(devices()[0], AttentionCase(4, 2, 8, (3,)), FLOAT32)
     inputs = rig.step.tensors
@@ -322,7 +337,7 @@ def test_unsuitable_shapes_are_refused() -> None:
         MultiHeadAttention(3, name="attn", device=rig.device).record(rig.out, *where)
     with pytest.raises(UsageError, match="attn: query width 32, expected 48"):
         MultiHeadAttention(6, name="attn", device=rig.device).record(rig.out, *where)
-    with pytest.raises(UsageError, match="attn: window 0, expected at least 1"):
+    with pytest.raises(UsageError, match="attn: window 0, expected 1 to 2147483647"):
         MultiHeadAttention(4, window=0, name="attn")
     with pytest.raises(UsageError, match="attn: scale -1, expected a positive number"):
         MultiHeadAttention(4, scale=-1, name="attn")

@@ -24,11 +24,10 @@ from harness import (
 
 from engine import LLM, SamplingParams
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32
-from engine.attention_table import TABLE, _table, kinds_by_position, kv_block_for
+from engine.attention_table import KV_BLOCKS, TABLE, _table, kinds_by_position, kv_block_for
 from engine.errors import UsageError
 from engine.ops.attention import (
     KINDS,
-    KV_BLOCKS,
     AutoAttention,
     FlashAttention,
     MultiHeadAttention,
@@ -109,25 +108,45 @@ def test_the_layers_know_where_they_run() -> None:
         (lambda q, k, v: (q, k[:1], v[:1]), "queries .* do not fit keys"),
         (lambda q, k, v: (q, k[..., :8], v[..., :8]), "queries .* do not fit keys"),
         (lambda q, k, v: (q[:, :, :5], k, v), "5 heads, expected 6"),
-        (lambda q, k, v: (q, k[:, :3], v[:, :3]), r"5 queries from position \[-2, -2\] on, 3 keys"),
+        (lambda q, k, v: (q, k[:, :3], v[:, :3]), "5 queries from position -2 on, 3 keys"),
+        (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "nothing to compute"),
+        (lambda q, k, v: (q[:0], k[:0], v[:0]), "nothing to compute"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change: Any, message: str) -> None:
     arrays = change(*values(3, batch=2, seq=5, keys=20))
     for kind in KINDS:
-        with pytest.raises(UsageError, match=f"attn: {message}"):
+        with pytest.raises(UsageError, match=f"attn: .*{message}"):
             KINDS[kind](HEADS, name="attn", device=devices()[0]).forward(*arrays)
 
 
 def test_positions_and_layers_that_are_not_there_are_refused() -> None:
     q, k, v = values(4, batch=1, seq=5, keys=20)
     layer = FlashAttention(HEADS, name="attn", device=devices()[0])
-    for pos in (-1, 16, [99]):
+    for pos in (-1, 16, [99], 2**31 - 2, 2**40):
         with pytest.raises(UsageError, match="attn: 5 queries from position"):
             layer.forward(q, k, v, pos=pos)
+    wrong: Any
+    for wrong in (1.5, [1, 2], "1"):
+        with pytest.raises(UsageError, match="attn: pos .*, expected a whole number or one for each of 1 sequences"):
+            layer.forward(q, k, v, pos=wrong)
     for index in (-1, 1):
         with pytest.raises(UsageError, match=f"attn: layer_index {index}, the cache has 1 layers"):
             layer.forward(q, k, v, layer_index=index)
+
+
+def test_layers_that_cannot_be_are_refused() -> None:
+    for options, message in (
+        ({"heads": 0}, "0 heads, expected at least 1"),
+        ({"window": 2**31}, "window 2147483648, expected 1 to 2147483647"),
+        ({"window": 2.5}, "window 2.5, expected 1 to"),
+        ({"scale": np.inf}, "scale inf, expected a positive number"),
+        ({"sink": -1, "window": 4}, "sink -1, expected 0 to"),
+        ({"sink": 1.0, "window": 4}, "sink 1.0, expected 0 to"),
+        ({"sink": 5, "window": 2**31 - 5}, "together at most 2147483647"),
+    ):
+        with pytest.raises(UsageError, match=f"attn: {message}|attn: sink .*{message}"):
+            StreamingAttention(**{"heads": 4, "name": "attn"} | options)  # type: ignore[arg-type]
 
 
 # What suits a machine.

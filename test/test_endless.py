@@ -379,9 +379,9 @@ def test_penalties_look_at_the_last_tokens(models: dict[str, Path], device: str)
     ({"attention": "flash", "sink": 0}, "sink and window belong to attention='streaming'"),
     ({"attention": "streaming", "sink": 4}, "sink 4 needs a window"),
     ({"attention": "streaming", "sink": 0}, "sink 0 needs a window"),
-    ({"attention": "streaming", "window": 0}, "window 0: expected a whole number of at least 1"),
+    ({"attention": "streaming", "window": 0}, "window 0: expected a whole number from 1 to"),
     ({"attention": "streaming", "window": -5}, "window -5"),
-    ({"attention": "streaming", "window": 60, "sink": -1}, "sink -1: expected a whole number of at least 0"),
+    ({"attention": "streaming", "window": 60, "sink": -1}, "sink -1: expected a whole number from 0 to"),
     ({"attention": "streaming", "window": "60"}, "window '60'"),
     ({"attention": "streaming", "window": 60.0}, "window 60.0"),
     ({"attention": "streaming", "window": True}, "window True"),
@@ -390,7 +390,7 @@ def test_penalties_look_at_the_last_tokens(models: dict[str, Path], device: str)
     ({"attention": "streaming", "window": 2**40}, "window 1099511627776"),
     ({"attention": "standard", "q_block": 32}, "q_block and kv_block belong to attention='flash' or 'streaming'"),
     ({"kv_block": 64}, "q_block and kv_block belong to attention='flash' or 'streaming'"),
-    ({"attention": "flash", "q_block": 0}, "q_block 0: expected a whole number of at least 1"),
+    ({"attention": "flash", "q_block": 0}, "q_block 0: expected 1 to 1024"),
     ({"attention": "flash", "kv_block": 65}, "kv_block 65"),
     ({"attention": "flash", "kv_block": "64"}, "kv_block '64'"),
     ({"attention": "psychic"}, "attention 'psychic': expected one of auto, standard, flash, streaming"),
@@ -401,7 +401,7 @@ def test_what_does_not_belong_together_is_refused(tiny: Path, options: dict[str,
 
 
 def test_a_window_that_no_memory_holds_is_refused(tiny: Path) -> None:
-    with pytest.raises(RillError, match="lower window or max_batch"):
+    with pytest.raises(RillError, match="lower sink, window or max_batch"):
         LLM(tiny, attention="streaming", sink=4, window=2**31 - 5)
 
 

@@ -8,7 +8,8 @@ from decimal import Decimal, localcontext
 import numpy as np
 from harness import Bench, assert_same_bits, devices, isa_pairs
 
-from engine.ops.rope_angles import LAST_POS, RoPEAngles, rope_angles
+from engine.abi import LAST_POS
+from engine.ops.rope_angles import RoPEAngles, rope_angles
 
 TWO_PI = 2 * Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
 POSITIONS = (0, 1, 2, 63, 64, 1000, 4095, 99_999, 100_001, 123_457, 1_000_003, 2**31 - 1)

@@ -19,10 +19,9 @@ import numpy as np
 
 from demo.attention_rig import AttentionRig, AttentionShape
 from demo.timing import medians
-from engine.attention_table import TABLE
+from engine.attention_table import KV_BLOCKS, TABLE
 from engine.device import Device, open_device
 from engine.device.cpu import available_isas
-from engine.ops.attention import KV_BLOCKS
 from engine.runner import KV_DTYPES
 
 HEAD_DIMS = (64, 128)

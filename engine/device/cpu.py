@@ -76,6 +76,8 @@ class CPUDevice(Device):
 
     def __init__(self, isa: str, threads: int) -> None:
         self.isa, self.threads = isa, threads
+        if isa not in available_isas():  # to ask is what makes the kernel allow AMX
+            raise UsageError(f"isa {isa!r}: this machine has {', '.join(available_isas())}")
         self.description = f"{isa}, {threads} threads"
         self.library = abi.open_library(isa)
         self.control = abi.ffi.new("struct control *")

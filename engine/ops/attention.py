@@ -8,16 +8,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.abi import BFLOAT16, FLOAT16, FLOAT32, constants
-from engine.attention_table import kinds_by_position, kv_block_for
+from engine.abi import BFLOAT16, FLOAT16, FLOAT32, LAST_POS, constants
+from engine.attention_table import KV_BLOCKS, MAX_BLOCK, kinds_by_position, kv_block_for
 from engine.layer import Layer
 from engine.ops.kv_store import EVERY_PAGE, Ring
 from engine.plan import Op, Tensor, op
 
 PAGE = int(constants.PAGE)
-LAST_POS = 2**31 - 1
-MAX_BLOCK = 1024
-KV_BLOCKS = (64, 128, 256, 512, 1024)  # whole pages that divide a range
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether this is a number of positions."""
+    return type(value) is int and least <= value <= LAST_POS
 
 
 @op("out")
@@ -80,8 +82,9 @@ class MultiHeadAttention(Layer):
         self.heads, self.scale, self.window, self.sink = heads, scale, window, 0
         self.q_block = self.kv_block = 0  # what suits
         self.positions = (0, LAST_POS)  # of the rows that this layer computes
-        self.check(window is None or window > 0, f"window {window}, expected at least 1")
-        self.check(scale is None or scale > 0, f"scale {scale}, expected a positive number")
+        self.check(heads > 0, f"{heads} heads, expected at least 1")
+        self.check(window is None or is_whole(window, 1), f"window {window}, expected 1 to {LAST_POS}")
+        self.check(scale is None or 0 < scale < math.inf, f"scale {scale}, expected a positive number")
 
     def forward(self, *inputs: Any, pos: int | Sequence[int] | None = None, layer_index: int = 0) -> Any:
         """Besides what `record` takes: attention by itself, over plain contiguous arrays.
@@ -111,9 +114,13 @@ class MultiHeadAttention(Layer):
         self.check(k.dtype in (FLOAT32, BFLOAT16, FLOAT16), f"keys {k.dtype}, expected float32, bfloat16 or float16")
         self.check(heads == self.heads, f"{heads} heads, expected {self.heads}")
         self.check(len(k) == batch and k.shape[3] == head_dim, f"queries {q.shape} do not fit keys {k.shape}")
-        first = np.broadcast_to(np.asarray(keys - seq if pos is None else pos, np.int32), batch)
-        self.check(bool((first >= 0).all() and (first + seq <= keys).all() and seq > 0),
-                   f"{seq} queries from position {first.tolist()} on, {keys} keys")  # fmt: skip
+        self.check(min(q.shape + k.shape) > 0, f"queries {q.shape} and keys {k.shape}: nothing to compute")
+        starts = np.asarray(keys - seq if pos is None else pos)
+        self.check(starts.dtype.kind in "iu" and starts.shape in ((), (batch,)),
+                   f"pos {pos}, expected a whole number or one for each of {batch} sequences")  # fmt: skip
+        self.check(bool((starts >= 0).all() and (starts <= keys - seq).all()),
+                   f"{seq} queries from position {starts.tolist()} on, {keys} keys")  # fmt: skip
+        first = np.broadcast_to(starts.astype(np.int32), batch)
         pages = -(-keys // PAGE)
         padded = np.zeros((2, batch, pages * PAGE, kv_heads, head_dim), k.dtype)
         padded[0, :, :keys], padded[1, :, :keys] = k, v
@@ -184,8 +191,9 @@ class StreamingAttention(FlashAttention):
     ) -> None:  # fmt: skip
         super().__init__(heads, scale, window, q_block, kv_block, **options)
         self.sink = sink
-        self.check(sink >= 0, f"sink {sink}, expected 0 or more")
+        self.check(is_whole(sink, 0), f"sink {sink}, expected 0 to {LAST_POS}")
         self.check(window is not None or not sink, "sinks need a window")
+        self.check(sink + (window or 0) <= LAST_POS, f"sink {sink} and window {window}, together at most {LAST_POS}")
 
 
 class AutoAttention(MultiHeadAttention):

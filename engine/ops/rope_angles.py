@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.abi import LAST_POS
 from engine.device import Device
 from engine.layer import Layer, Weight
 from engine.plan import Tensor, op
-
-LAST_POS = 2**31 - 1
 
 
 @op("angles")
