@@ -354,6 +354,8 @@ static void attend_strip(struct attention_tile *t, int64_t first, int64_t count,
         columns += part->to - part->from;
         parts++;
     }
+    if (parts == 0)
+        return;
     for (int64_t r = 0; r < count; r++) {
         float *scores = t->scores + r * t->score_row;
         switch (op->kv_dtype) {

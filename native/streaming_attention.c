@@ -102,10 +102,11 @@ static int64_t next_range(const struct attention_tile *t, int64_t range)
     return page < tile_end_page(t) ? page / RANGE : -1;
 }
 
-/* Whether the ranges of a tile are shared out: a single row that sees more than one. */
+/* Whether the ranges of a tile are shared out: a single row that sees more than two. Fewer are not worth a barrier. */
 static bool is_split(const struct attention_tile *t)
 {
-    return t->rows == 1 && next_range(t, next_range(t, -1)) >= 0;
+    int64_t behind_sinks = tile_next_page(t, (t->op->sink + PAGE - 1) / PAGE);
+    return t->rows == 1 && tile_end_page(t) - behind_sinks > 2 * RANGE;
 }
 
 static bool split_before(struct attention_tile *t, int64_t *end, int64_t max_rows)
