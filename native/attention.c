@@ -23,15 +23,5 @@ void attention(const struct attention *op, struct worker *me)
 {
     struct attention_tile t = {.op = op};
     place(&t, me->team->scratch + me->index * place(&t, NULL));
-    int64_t end = *op->rows, rows = max_i64(1, TILE_QUERIES / t.group);
-    int32_t item = 0, next = take(me);
-    while (tile_before(&t, &end, rows))
-        for (t.kv_head = 0; t.kv_head < op->kv_heads; t.kv_head++)
-            if (item++ == next) {
-                tile_load_queries(&t);
-                tile_clear_sums(&t);
-                tile_attend_blocks(&t, 0, EVERY_PAGE, EVERY_PAGE);
-                tile_finish(&t);
-                next = take(me);
-            }
+    attend_by_tiles(&t, max_i64(1, TILE_QUERIES / t.group), EVERY_PAGE, me);
 }

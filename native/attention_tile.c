@@ -395,3 +395,18 @@ void tile_finish(const struct attention_tile *t)
             vec_store_upto(out + d, vec_mul(vec_load(sums + d), vec_set(factor)), head_dim - d);
     }
 }
+
+void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_size, struct worker *me)
+{
+    int64_t end = *t->op->rows;
+    int32_t item = 0, next = take(me);
+    while (tile_before(t, &end, max_rows))
+        for (t->kv_head = 0; t->kv_head < t->op->kv_heads; t->kv_head++)
+            if (item++ == next) {
+                tile_load_queries(t);
+                tile_clear_sums(t);
+                tile_attend_blocks(t, 0, tile_end_page(t), block_size);
+                tile_finish(t);
+                next = take(me);
+            }
+}

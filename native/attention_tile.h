@@ -63,6 +63,9 @@ void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, 
 /* Writes the outputs: sums over sums of weights. */
 void tile_finish(const struct attention_tile *t);
 
+/* All of it, for all rows of the step, by tiles of so many rows: each tile and KV head is some thread's. */
+void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_size, struct worker *me);
+
 /* Query i of a tile is head i % group of row i / group. */
 static inline int64_t row_of(const struct attention_tile *t, int64_t query) { return t->row + query / t->group; }
 static inline float *out_of(const struct attention_tile *t, int64_t query)

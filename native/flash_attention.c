@@ -20,17 +20,7 @@ void flash_attention(const struct attention *op, struct worker *me)
 {
     struct attention_tile t = {.op = op};
     place(&t, me->team->scratch + me->index * place(&t, NULL));
-    int64_t end = *op->rows, rows = tile_rows(op, me->team->threads);
-    int32_t item = 0, next = take(me);
-    while (tile_before(&t, &end, rows))
-        for (t.kv_head = 0; t.kv_head < op->kv_heads; t.kv_head++)
-            if (item++ == next) {
-                tile_load_queries(&t);
-                tile_clear_sums(&t);
-                tile_attend_blocks(&t, 0, tile_end_page(&t), block_pages(op));
-                tile_finish(&t);
-                next = take(me);
-            }
+    attend_by_tiles(&t, tile_rows(op, me->team->threads), block_pages(op), me);
 }
 
 #endif
