@@ -12,22 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from demo.attention_rig import AttentionRig, AttentionShape, scratch_bytes
+from demo.options import Parser, lengths, positive
+from demo.program import listed, run_program
 from demo.timing import enough_rounds, seconds
-from engine import RillError
-from engine.abi import address, ffi
+from engine.attention_choice import ATTENTION_KINDS
 from engine.device import open_device
 from engine.device.cpu import available_isas
 from engine.runner import KV_DTYPES
 
-KINDS = ("standard", "flash", "streaming")
 HEADS, HEAD_DIM = 16, 128
 TOO_LONG, MOST_ROUNDS = 5.0, 20  # seconds of one replay
 
@@ -51,24 +49,6 @@ class Point:
         return self.rate / self.limit
 
 
-def peak(device: Any, dtype: np.dtype) -> float:
-    """Floating-point operations a second, everything in registers."""
-    from engine.abi import DTYPE_CODES
-
-    rounds = 100_000
-    operations = device.library.multiply_in_registers(DTYPE_CODES[dtype], rounds, device.threads)
-    time = seconds(lambda: device.library.multiply_in_registers(DTYPE_CODES[dtype], rounds, device.threads))
-    return float(operations / time)
-
-
-def read_rate(device: Any, memory: np.ndarray) -> float:
-    """Bytes a second of reading this memory, the best of some access patterns."""
-    data = ffi.cast("void *", address(memory))
-    times = [seconds(lambda s=streams: device.library.read_memory(data, memory.nbytes, device.threads, s))  # type: ignore
-             for streams in (1, 2, 4)]  # fmt: skip
-    return float(memory.nbytes / min(times))
-
-
 def measure(device: Any, dtype_name: str, kind: str, length: int, decode: bool, rounds: int) -> Point | None:
     """A point, or None where one replay takes too long."""
     dtype = KV_DTYPES[dtype_name]
@@ -81,7 +61,7 @@ def measure(device: Any, dtype_name: str, kind: str, length: int, decode: bool, 
     times, limits = [], []
     for _ in range(min(MOST_ROUNDS, enough_rounds(first, rounds))):
         times.append(seconds(rig.attend))
-        limits.append(read_rate(device, rig.kv.storage) if decode else peak(device, dtype))
+        limits.append(device.read_limit(rig.kv.storage) if decode else device.multiply_limit(dtype))
         if sum(times) > TOO_LONG:
             break
     pages = HEADS * device.cache_bytes(dtype, HEAD_DIM) / 64
@@ -91,12 +71,12 @@ def measure(device: Any, dtype_name: str, kind: str, length: int, decode: bool, 
 
 
 def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Point | None]]:
-    for isa in options.isa.split(","):
+    for isa in options.isa:
         device = open_device("cpu", isa=isa, threads=options.threads)
-        for dtype in options.kv_dtype.split(","):
+        for dtype in options.kv_dtype:
             for test in ("prefill", "decode"):
-                for length in (int(n) for n in options.lengths.split(",")):
-                    for kind in KINDS:
+                for length in options.lengths:
+                    for kind in ATTENTION_KINDS:
                         name = f"| {device.isa} | {dtype} | {test} | {length} | {kind} |"  # type: ignore[attr-defined]
                         yield name, measure(device, dtype, kind, length, test == "decode", options.rounds)
 
@@ -108,29 +88,32 @@ def line(name: str, point: Point | None) -> str:
     return f"{name} {point.seconds * 1e3:.3f} ms | {point.rate / 1e9:.1f} {unit} | {point.share:.0%} |"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="demo.attention_sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="4,8,16,64,512,2048,8192")
-    parser.add_argument("--isa", default=",".join(available_isas()))
-    parser.add_argument("--kv-dtype", default="float32,bfloat16")
-    parser.add_argument("-r", "--rounds", type=int, default=5)
-    parser.add_argument("-t", "--threads", type=int)
-    parser.add_argument("-o", "--output", choices=["md", "json"], default="md")
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
     points = []
-    try:
+    if options.output == "md":
+        print("| ISA | cache | test | length | attention | time | rate | share of the limit |\n" + "|---" * 8 + "|")
+    for name, point in sweep(options):
+        points.append(point)
         if options.output == "md":
-            print("| ISA | cache | test | length | attention | time | rate | share of the limit |\n" + "|---" * 8 + "|")
-        for name, point in sweep(options):
-            points.append(point)
-            if options.output == "md":
-                print(line(name, point), flush=True)
-    except (RillError, ValueError) as error:
-        print(f"demo.attention_sweep: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+            print(line(name, point), flush=True)
     if options.output == "json":
         print(json.dumps([asdict(p) | {"share": p.share} for p in points if p], indent=1))
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("python -m demo.attention_sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=lengths, default=[4, 8, 16, 64, 512, 2048, 8192])
+    parser.add_argument("--isa", type=listed, default=available_isas())
+    parser.add_argument("--kv-dtype", type=listed, default=["float32", "bfloat16"])
+    parser.add_argument("-r", "--rounds", type=positive, default=5)
+    parser.add_argument("-t", "--threads", type=positive)
+    parser.add_argument("-o", "--output", choices=["md", "json"], default="md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_program("demo.attention_sweep", lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

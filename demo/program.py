@@ -10,8 +10,8 @@ from typing import Any
 from demo import report
 from demo.console import CONTROLS, drop_output, mutter, open_streams
 from demo.options import OptionError, given
+from engine.attention_choice import ATTENTION_KINDS
 
-KINDS = ("standard", "flash", "streaming")
 FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 
@@ -47,7 +47,7 @@ def listed(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_kinds(kinds: Sequence[str], allowed: Sequence[str] = ("auto", *KINDS)) -> None:
+def check_kinds(kinds: Sequence[str], allowed: Sequence[str] = ("auto", *ATTENTION_KINDS)) -> None:
     for kind in kinds:
         if kind not in allowed:
             raise OptionError(f"--attention {kind!r}: expected {', '.join(allowed)}")

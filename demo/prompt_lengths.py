@@ -13,9 +13,10 @@ import numpy as np
 
 from demo.attention_rig import scratch_bytes
 from demo.options import given
-from demo.program import KINDS, attention_arguments, check_kinds, listed
+from demo.program import attention_arguments, check_kinds, listed
 from demo.timing import interleaved
 from engine import LLM, SamplingParams
+from engine.attention_choice import ATTENTION_KINDS
 
 LENGTHS = [512, 1024, 2048, 4096]
 ROUNDS = 3
@@ -49,7 +50,7 @@ class Reader:
 def table(options: argparse.Namespace, model: str) -> Iterator[str]:
     """Lines: medians of rounds that go through all kinds. Scratch is what a thread needs for scores and for what else
     attention keeps of a tile; the KV cache is what the prompt has filled."""
-    kinds = listed(options.attention) if options.attention else list(KINDS)
+    kinds = listed(options.attention) if options.attention else list(ATTENTION_KINDS)
     check_kinds(kinds)
     yield from HEAD
     for length in options.seq_lengths or LENGTHS:

@@ -12,7 +12,7 @@ from engine.attention_table import KV_BLOCKS, MAX_BLOCK, kinds_by_position
 from engine.device import Device
 from engine.errors import UsageError
 
-ATTENTION_KINDS = ("auto", "standard", "flash", "streaming")
+ATTENTION_KINDS = ("standard", "flash", "streaming")
 BLOCKED_KINDS = ("flash", "streaming")  # that go over queries and keys in blocks
 
 
@@ -76,8 +76,8 @@ def choose_attention(
     kv_block: int | None = None,
 ) -> AttentionChoice:
     """The attention for what was asked. Raises UsageError for what cannot be or does not belong together."""
-    if wanted not in ATTENTION_KINDS:
-        raise UsageError(f"attention {wanted!r}: expected one of {', '.join(ATTENTION_KINDS)}")
+    if wanted not in ("auto", *ATTENTION_KINDS):
+        raise UsageError(f"attention {wanted!r}: expected one of auto, {', '.join(ATTENTION_KINDS)}")
     _whole("sink", sink, 0)
     _whole("window", window, 1)
     if q_block is not None and not (type(q_block) is int and 1 <= q_block <= MAX_BLOCK):

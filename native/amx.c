@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 enum { ROWS = 16, LINES = 16, LINE_BYTES = 64 }; /* of a tile at most */
-enum { PREFETCH_BYTES = 4096 };
 
 /* Tiles 0 to 3 hold C, two blocks of rows times two panels; 4 and 5 A, 6 and 7 B. */
 struct shape { int32_t rows[2], lines; };
@@ -68,7 +67,7 @@ static inline __attribute__((always_inline)) void multiply(const struct amx_prod
         for (int64_t i = 0; i < blocks; i++, x += p->a_step, w += lines * p->b_step) {
             if (!two_blocks) /* so few rows wait for memory */
                 for (int64_t line = 0; line < lines; line++)
-                    __builtin_prefetch(w + line * p->b_step + PREFETCH_BYTES, 0, 2);
+                    FETCH_AHEAD(w + line * p->b_step);
             _tile_loadd(6, w, p->b_step);
             _tile_loadd(4, x, p->a_row);
             _tile_dpbf16ps(0, 4, 6);

@@ -55,13 +55,16 @@ struct span visible(const struct attention *op, int64_t row);
 int64_t tile_next_page(const struct attention_tile *t, int64_t page);
 int64_t tile_end_page(const struct attention_tile *t);
 
-/* Adds the keys and values of `count` pages, t->page, to the sums. */
-void tile_attend(struct attention_tile *t, int64_t count);
-/* The same for those of pages [first, until) that it sees, in blocks of `size` pages cut at multiples of it. */
+/* Adds to the sums the keys and values of those of pages [first, until) that the tile sees, in blocks of `size` pages cut
+ * at multiples of it. */
 void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size);
 
-/* Writes the outputs: sums over sums of weights. */
-void tile_finish(const struct attention_tile *t);
+/* Turns the `columns` scores of one query, those of t->part[0 .. parts], into weights in place, as the micro-kernel reads
+ * A, and counts them into the query's highest score and sum. */
+void tile_soften(struct attention_tile *t, int64_t query, int64_t parts, int64_t columns, float *scores);
+
+/* The output of one query: weighted values over the sum of weights. sums may be out. */
+void divide_by_sum(const struct attention *op, const float *sums, float sum, float *out);
 
 /* All of it, for all rows of the step, by tiles of so many rows: each tile and KV head is some thread's. */
 void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_size, struct worker *me);

@@ -75,10 +75,10 @@ static void pack_x(const struct product *p, struct worker *me, float *packed)
 INLINE void multiply_tile(const struct product *p, const float *packed, int64_t first, int64_t panel, const int rows,
                           const int columns, const enum line kind)
 {
-    const int group = kind == LINE_BF16 ? BF16_FLOATS : 1;
+    const int group = line_floats(kind);
     int64_t bytes = panel_bytes(p->dtype, p->k);
     struct tile t = {.a = packed + first * packed_floats(p->dtype, p->k), .a_row = group, .a_step = group * rows,
-                     .b = p->weight + panel * bytes, .b_column = bytes, .b_step = kind == LINE_F16 ? 32 : 64,
+                     .b = p->weight + panel * bytes, .b_column = bytes, .b_step = line_bytes(kind),
                      .depth = kind == LINE_BF16 ? (p->k + 1) / 2 : p->k};
     vec acc[ACCUMULATORS];
     tile_clear(acc, rows, columns);

@@ -69,14 +69,6 @@ static void merge(const struct attention *op, float *total, float *total_max, fl
     *total_max = max;
 }
 
-static void divide_by_sum(const struct attention *op, float *total, float sum)
-{
-    for (int64_t d = 0; d < op->head_dim; d += LANES) {
-        int64_t left = op->head_dim - d;
-        vec_store_upto(total + d, vec_mul(vec_load_upto(total + d, left), vec_set(1.0f / sum)), left);
-    }
-}
-
 /* A tile of many queries: range after range. */
 static void attend_tile(struct attention_tile *t, const struct scratch *s)
 {
@@ -92,7 +84,7 @@ static void attend_tile(struct attention_tile *t, const struct scratch *s)
             merge(t->op, out_of(t, i), &s->total_max[i], &s->total_sum[i], t->out + i * t->width, t->max[i], t->sum[i]);
     }
     for (int64_t i = 0; i < t->queries; i++)
-        divide_by_sum(t->op, out_of(t, i), s->total_sum[i]);
+        divide_by_sum(t->op, out_of(t, i), s->total_sum[i], out_of(t, i));
 }
 
 /* The first range behind `range` of which a tile sees anything, -1 behind the last. */
@@ -147,14 +139,15 @@ static void merge_range(const struct attention_tile *t, const struct scratch *s,
                         struct range heads)
 {
     const struct attention *op = t->op;
+    bool first = range == next_range(t, -1), last = next_range(t, range) < 0;
     for (int64_t head = heads.begin; head < heads.end; head++) {
         float *total = op->out + t->row * op->out_stride + head * op->head_dim;
         float *max = s->row_max + t->row * op->heads + head, *sum = s->row_sum + t->row * op->heads + head;
-        if (range == next_range(t, -1))
+        if (first)
             *max = -INFINITY;
         merge(op, total, max, sum, part.out + head * t->width, part.max[head], part.sum[head]);
-        if (next_range(t, range) < 0)
-            divide_by_sum(op, total, *sum);
+        if (last)
+            divide_by_sum(op, total, *sum, total);
     }
 }
 

@@ -70,13 +70,7 @@ INLINE vec multiply_add(vec w, vec x, vec acc, const enum line kind)
 #define HIDE(pointer) ((void)0)
 #endif
 
-/* So few rows wait for memory: what comes next is fetched into the L2 cache meanwhile. */
-enum { WAITING_ROWS = 3, PREFETCH_BYTES = 4096 };
-#ifdef __GNUC__
-#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
-#else
-#define PREFETCH(p) ((void)0)
-#endif
+enum { WAITING_ROWS = 3 }; /* so few rows wait for memory */
 
 /* acc[rows][columns * VECTORS] += tile. `rows`, `columns` and `kind` must be constants where this is called. */
 INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, const int columns, const enum line kind)
@@ -95,7 +89,7 @@ INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, cons
             if (rows <= WAITING_ROWS && part == 0)
 #pragma GCC unroll 24
                 for (int i = 0; i < columns; i++)
-                    PREFETCH(b + i * b_column + PREFETCH_BYTES);
+                    FETCH_AHEAD(b + i * b_column);
 #pragma GCC unroll 24
             for (int i = 0; i < width; i++)
                 w[i] = line_load(b + i / VECTORS * b_column + i % VECTORS * vector_bytes, kind, part);

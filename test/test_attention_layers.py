@@ -24,6 +24,7 @@ from harness import (
 
 from engine import LLM, SamplingParams
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32
+from engine.attention_choice import ATTENTION_KINDS
 from engine.attention_table import KV_BLOCKS, TABLE, _table, kinds_by_position, kv_block_for
 from engine.errors import UsageError
 from engine.ops.attention import (
@@ -37,6 +38,10 @@ from tools.tune_attention import dump
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 24
+
+
+def test_every_kind_that_can_be_asked_for_has_a_layer() -> None:
+    assert tuple(KINDS) == (*ATTENTION_KINDS, "auto")
 
 
 def values(seed: int, batch: int, seq: int, keys: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -186,14 +186,25 @@ class CPUDevice(Device):
     def pointer(self, tensor: Tensor) -> Any:
         return abi.ffi.cast("void *", abi.address(tensor.owner.storage) + tensor.column * tensor.dtype.itemsize)
 
-    def read_limit(self) -> float:
-        """Bytes a second at which these threads read the memory that holds the weights, in one go: the limit of
+    def read_limit(self, memory: np.ndarray | None = None) -> float:
+        """Bytes a second at which these threads read a memory in one go, by default that of the weights: the limit of
         decoding. Measured now, the best of a few access patterns."""
-        data, size, best = abi.ffi.cast("void *", abi.address(self.arena)), self.arena.nbytes, 0.0
+        memory = self.arena if memory is None else memory
+        data, size, best = abi.ffi.cast("void *", abi.address(memory)), memory.nbytes, 0.0
         for streams in (1, 2, 4, 8):
             start = time.perf_counter()
             self.library.read_memory(data, size, self.threads, streams)
             best = max(best, size / (time.perf_counter() - start))
+        return best
+
+    def multiply_limit(self, dtype: np.dtype) -> float:
+        """Floating-point operations a second of products with weights or a cache of that dtype, everything in
+        registers: the limit of prompts. Measured now."""
+        best = 0.0
+        for rounds in (1_000, 100_000, 100_000):
+            start = time.perf_counter()
+            operations = self.library.multiply_in_registers(abi.DTYPE_CODES[dtype], rounds, self.threads)
+            best = max(best, operations / (time.perf_counter() - start))
         return best
 
     # Replay.
