@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -30,11 +30,22 @@ STORED_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 _HARMLESS_SUFFIX = ".rotary_emb.inv_freq"  # a buffer that old exports saved; it follows from the config
 
 
+class Readable(Protocol):
+    """A tensor that a model takes: `dtype` is the name, in STORED_DTYPES, of what `read` and `rows` return."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    def read(self) -> npt.NDArray[Any]: ...
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]: ...
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies: `nbytes` bytes, row-major, at an absolute `offset` that need not be aligned.
 
-    `dtype` is "F32", "F16" or "BF16"; other names of the format occur, but `Checkpoint.take` refuses them.
+    `dtype` is "F32", "F16" or "BF16"; other names of the formats occur, which `Checkpoint.take` refuses or decodes.
     """
 
     name: str
@@ -49,9 +60,21 @@ class StoredTensor:
 
         It is read, not mapped: a mapping of a file that is cut short later ends the process (SIGBUS).
         """
-        data = np.empty(self.nbytes, np.uint8)
-        _read_into(self.file, self.offset, data.data)
-        return data.view(STORED_DTYPES[self.dtype]).reshape(self.shape)
+        return self.rows(0, self.shape[0]) if self.shape else self._view(self.row_bytes(0, 1), ())
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Some of the rows of what `read` returns."""
+        return self._view(self.row_bytes(start, stop), (stop - start, *self.shape[1:]))
+
+    def row_bytes(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The bytes of some rows, as they are stored."""
+        row = self.nbytes // (self.shape[0] or 1) if self.shape else self.nbytes
+        data = np.empty((stop - start) * row, np.uint8)
+        read_into(self.file, self.offset + start * row, data.data)
+        return data
+
+    def _view(self, data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        return data.view(STORED_DTYPES[self.dtype]).reshape(shape)
 
 
 class Checkpoint:
@@ -71,13 +94,13 @@ class Checkpoint:
         path = local_path(model)
         self.directory = path if path.is_dir() else path.parent
         self.config_path = self.directory / "config.json"
-        self.weights_path = find_weights(path)
-        if self.weights_path.suffix == ".json":
-            tensors = _read_shards(self.weights_path)
-        else:
-            tensors = read_header(self.weights_path)
+        weights = find_weights(path)
+        self._hold(weights, _read_shards(weights) if weights.suffix == ".json" else read_header(weights))
+
+    def _hold(self, weights_path: Path, tensors: dict[str, StoredTensor]) -> None:
+        self.weights_path = weights_path
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
-        self._signatures = {file: _signature(file) for file in {t.file for t in tensors.values()}}
+        self._signatures = {file: signature(file) for file in {t.file for t in tensors.values()}}
         self._taken: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -87,7 +110,11 @@ class Checkpoint:
     def total_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def take(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+    def stored_name(self, name: str) -> str:
+        """What the files call a tensor."""
+        return name
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Readable:
         """The tensor a model needs, marked as used; it may be taken again (tied embeddings).
 
         Raises RillError where it is absent, has another shape, or is not a float of 16 or 32 bits.
@@ -95,28 +122,31 @@ class Checkpoint:
         tensor = self.tensors.get(name)
         expected = list(shape)
         if tensor is None:
-            raise RillError(f"{self.weights_path}: tensor {name!r} of shape {expected} is missing")
+            raise RillError(f"{self.weights_path}: tensor {self.stored_name(name)!r} of shape {expected} is missing")
         found = list(tensor.shape)
         if found != expected:
             problem = f"has shape {found}, but the config asks for {expected}"
-            raise RillError(f"{tensor.file}: tensor {name!r} {problem}")
+            raise RillError(f"{tensor.file}: tensor {tensor.name!r} {problem}")
+        self._taken.add(name)
+        return self._readable(name, tensor)
+
+    def _readable(self, name: str, tensor: StoredTensor) -> Readable:
         if tensor.dtype not in STORED_DTYPES:
             problem = f"has dtype {tensor.dtype}, which is not one of {', '.join(STORED_DTYPES)}"
-            raise RillError(f"{tensor.file}: tensor {name!r} {problem}")
-        self._taken.add(name)
+            raise RillError(f"{tensor.file}: tensor {tensor.name!r} {problem}")
         return tensor
 
     def finish(self, ignore: Collection[str] = ()) -> None:
         """To be called when all weights have been read. Raises RillError where tensors are left over that are
         neither in `ignore` nor known to be harmless, or where a file has changed since it was checked."""
-        unused = [n for n in self.tensors if n not in self._taken and n not in ignore]
+        unused = [t.name for n, t in self.tensors.items() if n not in self._taken and n not in ignore]
         unused = [n for n in unused if not n.endswith(_HARMLESS_SUFFIX)]
         if unused:
             more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
             names = ", ".join(map(brief, unused[:4])) + more
             raise RillError(f"{self.weights_path}: holds tensors that the model does not use: {names}")
-        for file, signature in self._signatures.items():
-            if _signature(file) != signature:
+        for file, before in self._signatures.items():
+            if signature(file) != before:
                 raise RillError(f"{file}: has changed while it was read")
 
 
@@ -146,11 +176,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     The library validates (sizes, offsets without hole or overlap, dtypes, shapes), without telling where
     data lies; so the header is parsed again here, which also refuses keys that appear twice.
     """
-    size = _signature(file)[1]
+    size = signature(file)[1]
     length = _header_length(file, size)
     _validate(file)
     header = bytearray(length)
-    _read_into(file, 8, memoryview(header))
+    read_into(file, 8, memoryview(header))
     entries = parse_object(bytes(header), f"{file}: the header")
     entries.pop("__metadata__", None)
     try:
@@ -172,7 +202,7 @@ def _header_length(file: Path, size: int) -> int:
     if size < 8:
         raise RillError(f"{file}: is not a safetensors file: it has only {size} bytes")
     prefix = bytearray(8)
-    _read_into(file, 0, memoryview(prefix))
+    read_into(file, 0, memoryview(prefix))
     length = int.from_bytes(prefix, "little")
     if length > min(size - 8, MAX_HEADER_BYTES):
         problem = f"its header claims {length:,} bytes of the file's {size:,} (at most {MAX_HEADER_BYTES:,})"
@@ -191,7 +221,8 @@ def _stored(file: Path, name: str, entry: dict[str, Any], data: int, size: int) 
     return StoredTensor(name, entry["dtype"], shape, file, data + begin, nbytes)
 
 
-def _signature(file: Path) -> tuple[int, int, int]:
+def signature(file: Path) -> tuple[int, int, int]:
+    """Inode, size, time of change: whether a file is still what it was. Raises RillError where it cannot be read."""
     try:
         status = file.stat()
     except OSError as error:
@@ -199,7 +230,7 @@ def _signature(file: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_into(file: Path, offset: int, target: memoryview) -> None:
+def read_into(file: Path, offset: int, target: memoryview) -> None:
     """Fill `target` with the file's bytes from `offset`; a file that ends early raises RillError."""
     try:
         with file.open("rb", buffering=0) as opened:

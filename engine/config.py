@@ -203,7 +203,12 @@ def load_generation_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         return {}
-    config = Fields(str(path), parse_object(read_bytes(path, MAX_CONFIG_BYTES), str(path)))
+    return parse_generation_config(parse_object(read_bytes(path, MAX_CONFIG_BYTES), str(path)), str(path))
+
+
+def parse_generation_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check a parsed generation_config.json; errors start with `where`."""
+    config = Fields(where, raw)
     readers = {
         "do_sample": config.boolean,
         "temperature": lambda name: config.number(name, "[0, 100]"),

@@ -30,6 +30,17 @@ class Weight(Tensor):
         super().__init__((rows, *sources[0].shape[1:]), dtype, name, layout=layout)
         self.sources = sources
 
+    def stacked_rows(self, start: int, stop: int) -> np.ndarray:
+        """Some rows of the stacked sources, read now, in this weight's dtype."""
+        parts, first = [], 0
+        for source in self.sources:
+            begin, end = max(start - first, 0), min(stop - first, source.shape[0])
+            if begin < end:
+                part = source.rows(begin, end) if hasattr(source, "rows") else np.asarray(source)[begin:end]
+                parts.append(part.astype(self.dtype, copy=False))
+            first += source.shape[0]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
 
 def stored_dtype(source: Any) -> np.dtype:
     """The NumPy dtype of a source."""

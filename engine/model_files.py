@@ -72,14 +72,17 @@ def find_weights(path: Path) -> Path:
             return path
         if any(path.match(pattern) for pattern in _PICKLES):
             raise _pickled(path.parent, path.name)
-        raise UsageError(f"{path}: is neither a directory, a .safetensors file nor a .safetensors.index.json")
+        kinds = "a .safetensors file, a .safetensors.index.json nor a .gguf file"
+        raise UsageError(f"{path}: is neither a directory, {kinds}")
     for name in (INDEX_FILE, SINGLE_FILE):
         if (path / name).exists():
             return path / name
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise _pickled(path, pickles[0])
-    raise RillError(f"{path}: has no weights; looked for {INDEX_FILE} and {SINGLE_FILE}")
+    others = sorted(file.name for file in path.glob("*.gguf"))
+    hint = f"; to load {others[0]}, name the file itself" if others else ""
+    raise RillError(f"{path}: has no weights; looked for {INDEX_FILE} and {SINGLE_FILE}{hint}")
 
 
 def is_complete(directory: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools import random_model
+from tools.make_gguf import write_gguf
 
 ALLOWANCE = 300 << 20  # Python, libraries, activations
 
@@ -41,3 +42,12 @@ def test_peak_memory_is_one_copy_of_the_weights_and_the_pages_in_use(wide: Path)
     assert found["used"] < found["capacity"] / 20
     assert found["peak"] <= stored + found["used"] + ALLOWANCE
     assert found["peak"] >= stored  # the measurement itself works
+
+
+def test_peak_memory_of_a_gguf_file_is_the_same(wide: Path, tmp_path: Path) -> None:
+    """Blocks of 8 bits become bf16 slice by slice: what is decoded never lies in memory whole."""
+    write_gguf(wide, tmp_path / "wide.gguf", "Q8_0")
+    program = [sys.executable, "-c", PROGRAM, str(tmp_path / "wide.gguf")]
+    found = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    assert found["weights"] <= (wide / "model.safetensors").stat().st_size * 1.01
+    assert found["weights"] <= found["peak"] <= found["weights"] + found["used"] + ALLOWANCE

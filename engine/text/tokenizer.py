@@ -18,6 +18,7 @@ from engine.text.vocab import Control, Part, Vocab, token_pattern
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+TEMPLATE_PLACES = "chat_template.jinja, chat_template.json and chat_template in tokenizer_config.json beside it"
 MAX_TOKENIZER_BYTES = 500_000_000
 MAX_CONFIG_BYTES = 50_000_000
 
@@ -57,8 +58,10 @@ class Tokenizer:
         config: Fields,
         template: ChatTemplate | None,
         name: str,
+        template_places: str = TEMPLATE_PLACES,
     ) -> None:
         self.name = name
+        self._template_places = template_places
         self.vocab_size = vocab.size
         self._vocab = vocab
         self._template = template
@@ -129,8 +132,8 @@ class Tokenizer:
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:
             raise UsageError(
-                f"{self.name}: has no chat template (looked for chat_template.jinja, chat_template.json and "
-                "chat_template in tokenizer_config.json beside it); give the prompt as raw text"
+                f"{self.name}: has no chat template (looked for {self._template_places}); "
+                "give the prompt as raw text"
             )
         return self._template
 
