@@ -17,6 +17,7 @@ from engine.ops.attention import KINDS
 from engine.ops.kv_store import KVStore
 from engine.plan import Node, Plan, Tensor
 from engine.step import Step
+from engine.work import count_scores
 
 FEWEST_ROWS = 512  # of a step: keys are stored so many positions at a time
 
@@ -40,16 +41,12 @@ class AttentionShape:
 
     def seen(self, position: int) -> int:
         """How many positions a row at this one sees."""
-        count = position + 1
-        if self.window is None or count <= self.window:
-            return count
-        return self.window + min(self.sink, count - self.window)
+        return count_scores(range(position, position + 1), self.window or 0, self.sink)
 
     def scores(self, rows: int | None = None) -> int:
         """How many scores a head has for the last `rows` positions of each sequence, by default for all."""
-        starts = [max(0, length - (rows or length)) for length in self.lengths]
-        return sum(self.seen(p) for start, length in zip(starts, self.lengths, strict=True)
-                   for p in range(start, length))  # fmt: skip
+        spans = [range(max(0, length - (rows or length)), length) for length in self.lengths]
+        return sum(count_scores(span, self.window or 0, self.sink) for span in spans)
 
 
 def attention_nodes(plan: Plan) -> list[Node]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo import report
@@ -35,9 +36,10 @@ from demo.options import (
     system_message,
     template_variables,
 )
+from demo.profile_report import check_trace, save_trace, show_profile
 
 if TYPE_CHECKING:
-    from engine import LLM, Completion
+    from engine import LLM, Completion, Timings
     from engine.sampler import ResolvedParams
     from engine.verify import Report
 
@@ -66,24 +68,38 @@ def run(options: argparse.Namespace) -> int:
         return run_verify(options)
     if options.benchmark:
         return run_benchmark(options)
+    if options.profile:
+        check_trace(Path(options.profile))
     prompt, progress = read_prompt(options.prompt), ProgressBar()
     try:
         llm, params = in_background(lambda: load(options, progress))
     finally:
         progress.clear()
     with llm:
-        if options.chat:
-            from demo.chat_loop import Chat
-
-            talk = Chat(llm, params, options)
-            status, timings = talk.run(prompt), talk.timings
+        if options.profile is None:
+            status, timings = answer(llm, params, options, prompt)
         else:
-            completion = complete(llm, params, options, prompt or "")
-            status = INTERRUPTED if completion.finish_reason == "cancelled" else 0
-            timings = [completion.timings]
+            with llm.profile(keep_trace=bool(options.profile)) as profile:
+                status, timings = answer(llm, params, options, prompt)
+            show_profile(profile, llm.device)
+            if options.profile:
+                save_trace(profile, Path(options.profile))
     if timings:
         say(report.summary(timings))
     return status
+
+
+def answer(
+    llm: LLM, params: ResolvedParams, options: argparse.Namespace, prompt: str | None
+) -> tuple[int, list[Timings]]:
+    """The exit status of a prompt or a conversation, and the timings of each reply."""
+    if options.chat:
+        from demo.chat_loop import Chat
+
+        talk = Chat(llm, params, options)
+        return talk.run(prompt), talk.timings
+    completion = complete(llm, params, options, prompt or "")
+    return INTERRUPTED if completion.finish_reason == "cancelled" else 0, [completion.timings]
 
 
 def run_verify(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ class Method:
     name: str  # "auto", "numpy", or an ISA
     attention: str
     threads: int | None = None
+    dtype: str = "auto"
 
     def device(self) -> dict[str, str]:
         """LLM's arguments for the name."""
@@ -29,20 +30,21 @@ class Method:
 
 
 def methods(options: argparse.Namespace) -> list[Method]:
-    """Every method with every kind of attention and every number of threads; NumPy has its own."""
+    """Every method with every dtype, kind of attention and number of threads; NumPy has its own threads."""
     isas = available_isas()
     known = ["auto", *isas, *(["avx512"] if any(isa.startswith("avx512") for isa in isas) else []), "numpy"]
     for name in options.method:
         if name not in known:
             raise OptionError(f"--method {name!r}: this machine has {', '.join(known)}")
-    chosen = product(options.method, options.attention, options.threads or [None])
-    return list(dict.fromkeys(Method(name, kind, None if name == "numpy" else n) for name, kind, n in chosen))
+    chosen = product(options.method, options.dtype, options.attention, options.threads or [None])
+    found = [Method(name, kind, None if name == "numpy" else n, dtype) for name, dtype, kind, n in chosen]
+    return list(dict.fromkeys(found))
 
 
-def open_model(options: argparse.Namespace, method: Method, max_seq_len: int) -> LLM:
+def open_model(options: argparse.Namespace, method: Method, max_seq_len: int, max_batch: int = 1) -> LLM:
     arguments: dict[str, Any] = {**method.device(), **attention_arguments(options, method.attention)}
-    return LLM(options.model, dtype=options.dtype, kv_dtype=options.kv_dtype, threads=method.threads, max_batch=1,
-               max_seq_len=max_seq_len, **arguments)  # fmt: skip
+    return LLM(options.model, dtype=method.dtype, kv_dtype=options.kv_dtype, threads=method.threads,
+               max_batch=max_batch, max_seq_len=max_seq_len, **arguments)  # fmt: skip
 
 
 def isa_of(llm: LLM) -> str:

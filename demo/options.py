@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from math import isfinite
 from typing import Any, NoReturn
@@ -82,6 +83,13 @@ def lengths(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def counts(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text):
+        raise argparse.ArgumentTypeError(f"expected whole numbers like 0,4096, got {text[:40]!r}")
+    return [int(part) for part in text.split(",")]
+
+
 def token_ids(text: str) -> list[int]:
     if not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", text):
         raise argparse.ArgumentTypeError(f"expected token ids like 151644,872, got {text[:40]!r}")
@@ -111,6 +119,8 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("measuring the engine")
     group.add_argument("--benchmark", action="store_true", help="time prompts of several lengths with each kind of "
                        "attention, and print its memory; --attention may then list kinds with commas")  # fmt: skip
+    group.add_argument("--profile", metavar="[=TRACE.json]", help="time every node: a table by op on standard error, "
+                       "and in a file that is named a trace for Perfetto or chrome://tracing")  # fmt: skip
     group.add_argument("--seq-lengths", type=lengths, metavar="LIST",
                        help="with --benchmark: tokens of the prompts, by default 512,1024,2048,4096")  # fmt: skip
     return parser
@@ -166,7 +176,9 @@ def add_attention(group: Any) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises OptionError, or SystemExit after --help and --version."""
     parser = make_parser()
-    options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # A file may follow --profile after an equals sign only: after a space stands a model.
+    options = parser.parse_args(["--profile=" if word == "--profile" else word for word in words])
     if problem := _contradiction(options):
         parser.error(problem)
     return options
@@ -189,6 +201,8 @@ def _contradiction(options: argparse.Namespace) -> str | None:
 
 
 def _contradictory_work(options: argparse.Namespace) -> str | None:
+    if options.profile is not None and (options.benchmark or options.verify is not None):
+        return "--profile: of a prompt or a chat, no --benchmark and no --verify"
     if options.benchmark:
         given = options.prompt is not None or options.chat or options.verify is not None
         return "--benchmark: makes its own prompts, no --prompt, --chat or --verify" if given else None

@@ -23,7 +23,7 @@ def choices(llm: LLM, params: ResolvedParams, options: argparse.Namespace, *, te
     runner = llm.runner
     kv_bytes = runner.pages_per_seq * runner.page_bytes
     parts = [
-        f"{llm.directory.name} ({'asked for' if options.model else 'bundled'})",
+        f"{llm.name} ({'asked for' if options.model else 'bundled'})",
         f"weights {runner.model.embedding.table.dtype} ({_why(options, 'dtype', 'as stored')})",
         f"{llm.device.type} {llm.device.description}",
         f"attention {llm.attention} ({llm.attention_why})",

@@ -21,19 +21,20 @@ def compare_tokens(options: argparse.Namespace, pairs: list[Method], token_ids: 
     with ExitStack() as opened:
 
         @cache
-        def reference(attention: str) -> Reference:
-            """NumPy with the same window, for what a position sees decides what follows."""
-            method = Method("numpy", attention)
+        def reference(attention: str, dtype: str) -> Reference:
+            """NumPy with the same window, for what a position sees decides what follows, and the same weights."""
+            method = Method("numpy", attention, dtype=dtype)
             llm = opened.enter_context(open_model(options, method, len(token_ids) + gen_len))
             return Reference(llm, token_ids, gen_len)
 
         for pair in pairs:
             windowed = pair.attention == "streaming" and options.window is not None
-            expected = reference("streaming" if windowed else "standard")
+            expected = reference("streaming" if windowed else "standard", pair.dtype)
             with open_model(options, pair, len(token_ids) + gen_len) as llm:
                 tokens = greedy(llm, token_ids, gen_len)
                 wrong = list(expected.objections(llm, tokens))
-                name = f"{isa_of(llm)} {llm.attention}, {threads_of(llm)} threads"
+                stored = "" if pair.dtype == "auto" else f" {pair.dtype}"
+                name = f"{isa_of(llm)}{stored} {llm.attention}, {threads_of(llm)} threads"
             print(f"{'FAIL' if wrong else 'PASS'} {name}: {tokens}{''.join(wrong[:1])}", flush=True)
             failures += bool(wrong)
     print(f"{'FAIL' if failures else 'PASS'}: {len(pairs) - failures} of {len(pairs)} give NumPy's tokens")

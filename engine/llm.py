@@ -6,6 +6,7 @@ import queue
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,16 +14,16 @@ import numpy as np
 
 from engine.abi import LAST_POS
 from engine.attention_choice import choose_attention
-from engine.checkpoint import Checkpoint
-from engine.config import load_config, load_generation_config
 from engine.device import Progress, open_device
 from engine.errors import RillError, UsageError
+from engine.open_model import open_model
+from engine.profile import Profile
 from engine.request import Completion, Request
 from engine.runner import Runner, check_kv_dtype
 from engine.sampler import SamplingParams
 from engine.scheduler import Scheduler
 from engine.text.detokenizer import StreamDecoder
-from engine.text.tokenizer import Tokenizer, load_tokenizer
+from engine.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32")
 PATIENCE = 0.1  # seconds: an unbounded wait would miss a Ctrl-C that comes just before it
@@ -32,9 +33,10 @@ Prompt = str | Sequence[int]
 class LLM:
     """A model, ready to generate.
 
-    model: a directory in Hugging Face format, a hub name, a `.safetensors` file, or an index with its config beside
-    it. tokenizer: a directory or file, by default the model's. device: "auto", "cpu" or "numpy". isa: "auto" or one
-    that this machine has. dtype: "auto" keeps weights as stored, "float32" widens them once. kv_dtype: "auto" is
+    model: a directory in Hugging Face format, a hub name, a `.safetensors` file or an index with its config beside it,
+    or a `.gguf` file. tokenizer: a directory or file, by default the model's. device: "auto", "cpu" or "numpy". isa:
+    "auto" or one that this machine has. dtype: "auto" keeps weights as stored (GGUF's blocks become bfloat16),
+    "float32" widens them once. kv_dtype: "auto" is
     float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
     max_batch: sequences that run together; more prompts queue. threads: by default one a core. attention: "auto",
     "standard", "flash" or "streaming". q_block, kv_block: queries and keys to a block of the last two.
@@ -72,11 +74,10 @@ class LLM:
         started = time.perf_counter()
         self.device = open_device(device, isa=isa, threads=threads)
         choice = choose_attention(attention, self.device, sink=sink, window=window, q_block=q_block, kv_block=kv_block)
-        checkpoint = Checkpoint(model)
-        self.directory = checkpoint.directory
-        self.config = load_config(checkpoint.config_path)
-        self.generation_config = load_generation_config(self.directory / "generation_config.json")
-        self.tokenizer, self._no_tokenizer = _find_tokenizer(tokenizer, self.directory)
+        files = open_model(model, tokenizer, dtype)
+        checkpoint, self.config, self.generation_config = files.checkpoint, files.config, files.generation_config
+        self.name, self.directory = files.name, checkpoint.directory
+        self.tokenizer, self._no_tokenizer = files.tokenizer, files.no_tokenizer
         max_seq_len = min(max_seq_len, self.config.max_position_embeddings)
         self.max_seq_len = LAST_POS if choice.is_endless else max_seq_len
         self.eos_ids = self._eos_ids()
@@ -157,6 +158,15 @@ class LLM:
         request = self._request(list(token_ids), SamplingParams(temperature=0), want_logits=True)
         self._run([request])
         return np.stack(request.logits)
+
+    @contextmanager
+    def profile(self, keep_trace: bool = False) -> Iterator[Profile]:
+        """Times every node of the steps that are begun meanwhile; keep_trace: for Profile.write_trace, too."""
+        profile = self.runner.plan.profile = Profile(self.runner, keep_trace)
+        try:
+            yield profile
+        finally:
+            self.runner.plan.profile = None
 
     def close(self) -> None:
         """Cancels what is running and ends the engine thread."""
@@ -264,16 +274,6 @@ class Stream(Iterator[str]):
     def completion(self) -> Completion:
         """The result so far; whole once the iterator has ended or been closed."""
         return self._request.completion()
-
-
-def _find_tokenizer(given: str | Path | None, directory: Path) -> tuple[Tokenizer | None, str]:
-    """The tokenizer, or None and why. One that was asked for must load."""
-    if given is not None:
-        return load_tokenizer(given), ""
-    files = ("tokenizer.json", "tokenizer.model")
-    if not any((directory / name).exists() for name in files):
-        return None, f"{directory} has no {' or '.join(files)}"
-    return load_tokenizer(directory), ""
 
 
 def _is_one_prompt(prompts: object) -> bool:

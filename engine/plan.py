@@ -12,6 +12,7 @@ from engine.errors import RillError, UsageError
 
 if TYPE_CHECKING:
     from engine.device import Device, Program
+    from engine.profile import Profile
 
 
 @dataclass(eq=False)
@@ -101,6 +102,7 @@ class Plan:
     nodes: list[Node] = field(default_factory=list)
     kept: set[Tensor] = field(default_factory=set)
     program: Program | None = None
+    profile: Profile | None = None  # times the replays while there is one
 
     def new(self, width: int, like: Tensor, name: str, dtype: np.dtype | None = None) -> Tensor:
         """An activation of as many rows as `like`. Its storage is chosen when the plan is lowered."""
@@ -128,7 +130,12 @@ class Plan:
         """Replays nodes [first, last). Raises what the device reports (see Device.lower)."""
         if self.program is None:
             raise RillError("the plan has not been lowered")
-        self.program.run(first, len(self.nodes) if last is None else last)
+        last = len(self.nodes) if last is None else last
+        profile = self.profile  # once: another thread may end it
+        if profile is None:
+            self.program.run(first, last)
+        else:
+            profile.replay(self.program, first, last)
 
     def share_buffers(self) -> list[list[Tensor]]:
         """Groups the activations without storage into buffers: two share one if they are never needed together."""

@@ -96,6 +96,9 @@ class Scheduler:
             return bool(self.waiting or self.running)
 
     def _step(self) -> None:
+        profile = self.runner.plan.profile
+        if profile:
+            profile.begin_step()
         self.runner.device.cancel(False)
         self._drop_cancelled()
         self._admit()
@@ -115,6 +118,8 @@ class Scheduler:
                 self.runner.step.history.write(request.slot, request.computed, request.tokens[-1:])
             if request.want_logits and request.computed == len(request.tokens):
                 request.finish_reason = "stop"
+        if profile:
+            profile.end_step(idle=all(r.finish_reason for r in self.running))
         self._release([r for r in self.running if r.finish_reason])
 
     def _compose(self) -> list[Part]:

@@ -36,8 +36,15 @@ struct node {
     const void *op;
 };
 
-/* Runs the nodes in order on `threads` threads, a barrier after each. Returns enum status. */
-int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch);
+/* What a node took on one thread, in nanoseconds of CLOCK_MONOTONIC: its work, then the wait at the barrier after it. */
+struct node_times {
+    int64_t begin, end, passed;
+};
+
+/* Runs the nodes in order on `threads` threads, a barrier after each. times: NULL, or [threads][count] to be filled; a
+ * thread or node that did not run leaves its entry alone. Returns enum status. */
+int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch,
+                 struct node_times *times);
 
 /* out[r] = row token[r] of the table. table: packed [vocab_size, width]. */
 struct embedding {

@@ -54,6 +54,7 @@ int64_t struct_size(const char *name)
         return sizeof(struct s)
     SIZE(control);
     SIZE(node);
+    SIZE(node_times);
     SIZE(embedding);
     SIZE(rmsnorm);
     SIZE(add_rmsnorm);

@@ -1,5 +1,6 @@
 /* Replays a plan: one parallel region, a barrier after each node. */
 #include <stdlib.h>
+#include <time.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -70,7 +71,31 @@ void fail(struct worker *me, int32_t status, int32_t detail)
     me->team->control->status = status;
 }
 
-int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch)
+static int64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* This thread's part of the nodes. times: NULL, or its own [count]. */
+static void run_nodes(const struct node *nodes, int32_t count, struct worker *me, struct node_times *times)
+{
+    int64_t begin = times ? now() : 0;
+    bool go_on = true;
+    for (int32_t i = 0; i < count && go_on; i++) {
+        nodes[i].run(nodes[i].op, me);
+        int64_t end = times ? now() : 0;
+        go_on = team_wait(me);
+        if (times) {
+            times[i] = (struct node_times){begin, end, now()};
+            begin = times[i].passed;
+        }
+    }
+}
+
+int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch,
+                 struct node_times *times)
 {
     struct team team = {.control = control, .scratch = scratch, .threads = 1, .failed = ATOMIC_FLAG_INIT};
     control->status = STATUS_OK;
@@ -85,11 +110,7 @@ int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struc
         team.threads = omp_get_num_threads(); /* fewer than asked for, inside somebody's parallel region */
 #endif
         amx_begin();
-        for (int32_t i = 0; i < count; i++) {
-            nodes[i].run(nodes[i].op, &me);
-            if (!team_wait(&me))
-                break;
-        }
+        run_nodes(nodes, count, &me, times ? times + (int64_t)me.index * count : NULL);
         amx_end();
     }
     (void)threads;

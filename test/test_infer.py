@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -434,6 +435,41 @@ def test_benchmark_says_what_does_not_fit(model: Path, rill: Rill) -> None:
 # Processes: pipes, signals, terminals.
 
 
+# --profile.
+
+
+def test_a_profile_is_a_table_and_a_trace(model: Path, tmp_path: Path, rill: Rill) -> None:
+    args, trace = (model, "--raw", "-p", "abcdef", "-n", 5), tmp_path / "trace.json"
+    trace.write_text("old")
+    result = rill(*args, f"--profile={trace}")
+    assert result.text == rill(*args).text and result.last_line.startswith("rill: 6 prompt tokens")
+    assert re.search(r"prefill: 6 rows in 1 step,.*\ndecode: 4 rows in 4 steps", result.err, re.S)
+    assert len(re.findall(r"^  matmul +(8|32) ", result.err, re.M)) == 2 and result.err.count("\n  Python ") == 2
+    assert f"trace of 5 steps in {trace}" in result.err
+    steps = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("cat") == "step"]
+    assert [step["args"]["rows"] for step in steps] == [6, 1, 1, 1, 1]
+    assert list(tmp_path.iterdir()) == [trace]
+
+
+def test_a_profile_without_a_file_takes_no_other_word_for_one(model: Path, rill: Rill) -> None:
+    before = sorted(model.iterdir())
+    result = rill("--profile", model, "--raw", "-p", "abc", "-n", 3, "--device", "numpy")
+    assert result.status == 0 and "decode: 2 rows in 2 steps" in result.err and "trace" not in result.err
+    assert "limits" not in result.err, "NumPy does not say what it could do"
+    assert sorted(model.iterdir()) == before
+
+
+def test_a_profile_of_a_chat(model: Path, rill: Rill) -> None:
+    result = rill(model, "--chat", "-n", 4, "--profile", stdin=b"one\ntwo\n")
+    assert result.status == 0 and "in 2 steps" in result.err and "decode: 6 rows in 6 steps" in result.err
+
+
+def test_a_trace_that_cannot_be_written_is_said_first(model: Path, tmp_path: Path, rill: Rill) -> None:
+    for path, reason in ((tmp_path, "is there and is no file"), (tmp_path / "no" / "x", "No such file"),
+                         (model / "config.json" / "x", "Not a directory")):  # fmt: skip
+        check_refusal(rill(model, "-p", "x", f"--profile={path}"), 2, "--profile", str(path), reason)
+
+
 def test_utf8_whatever_the_locale(model: Path, rill: Rill) -> None:
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     process = start(model, "--raw", "-p", "-", "-n", 8, stdin=subprocess.PIPE, env=ascii_only)
@@ -492,6 +528,15 @@ def test_ctrl_c_while_a_long_prompt_is_read(model: Path) -> None:
     process.send_signal(signal.SIGINT)
     result = end(process)
     assert (result.status, result.out) == (130, "\n") and "; 0 generated;" in result.err
+
+
+def test_ctrl_c_ends_in_a_profile(model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    process = start(model, "--raw", "-p", "abc", "-c", 40000, f"--profile={trace}")
+    assert process.stdout and process.stdout.read(30)
+    process.send_signal(signal.SIGINT)
+    result = end(process)
+    assert result.status == 130 and "decode: " in result.err and trace.exists(), result.err
 
 
 def test_ctrl_c_while_loading(rill: Rill, monkeypatch: pytest.MonkeyPatch) -> None:

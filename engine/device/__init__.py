@@ -41,8 +41,9 @@ class Program(ABC):
     """A lowered plan."""
 
     @abstractmethod
-    def run(self, first: int, last: int) -> None:
-        """Replays nodes [first, last). Raises TokenError, NotFiniteError or Cancelled."""
+    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
+        """Replays nodes [first, last), and notes when in `times`: struct node_times of abi.h, [threads, nodes]. Raises
+        TokenError, NotFiniteError or Cancelled."""
 
 
 class Device(ABC):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HUGE_PAGE = 2 << 20
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 SLICE = 4096  # rows of a matrix that the oracle sees unpacked at once
+DECODED = 2 << 20  # bytes of float32 that are decoded at once, where a file's weights have to be
 
 
 def available_isas() -> list[str]:
@@ -108,23 +109,35 @@ class CPUDevice(Device):
     def _load(self, weight: Weight, memory: np.ndarray) -> None:
         if weight.layout == "matrix":
             weight.storage = memory
-            self._pack(weight)
+            if any(hasattr(source, "block") for source in weight.sources):
+                self._pack_decoded(weight)
+            else:
+                self._pack(weight, weight.sources, 0, weight.shape[0])
             return
         parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
         values = np.concatenate([part.astype(weight.dtype) for part in parts])
         weight.storage = memory[: values.nbytes].view(weight.dtype).reshape(weight.shape)
         weight.storage[...] = values
 
-    def _pack(self, weight: Weight) -> None:
+    def _pack_decoded(self, weight: Weight) -> None:
+        """Packs rows that are decoded first, so many at a time that the whole never lies in memory twice."""
+        panel = abi.constants.PANEL
+        step = max(DECODED // (4 * weight.shape[1]) // panel, 1) * panel
+        for first in range(0, weight.shape[0], step):
+            count = min(step, weight.shape[0] - first)
+            self._pack(weight, [weight.stacked_rows(first, first + count)], first, count)
+
+    def _pack(self, weight: Weight, stacked: Sequence[Any], first: int, count: int) -> None:
+        """Packs sources as `count` rows of a weight, from row `first` on, a multiple of a panel's."""
         from engine.layer import stored_dtype
 
         check_not_forked()
-        sources = abi.ffi.new("struct source[]", len(weight.sources))
+        sources = abi.ffi.new("struct source[]", len(stacked))
         files: dict[Any, int] = {}
         keep_alive = []
         source: Any
         try:
-            for entry, source in zip(sources, weight.sources, strict=True):
+            for entry, source in zip(sources, stacked, strict=True):
                 entry.dtype, entry.rows = abi.DTYPE_CODES[stored_dtype(source)], source.shape[0]
                 if hasattr(source, "file"):
                     if source.file not in files:
@@ -133,27 +146,30 @@ class CPUDevice(Device):
                 else:
                     keep_alive.append(np.ascontiguousarray(source))
                     entry.fd, entry.data = -1, abi.ffi.cast("void *", abi.address(keep_alive[-1]))
-            short = self.library.pack_matrix(sources, len(sources), *weight.shape, abi.DTYPE_CODES[weight.dtype],
-                                             self.pointer(weight), self.threads)  # fmt: skip
+            panels = weight.storage[first // abi.constants.PANEL * self.panel_bytes(weight) :]
+            short = self.library.pack_matrix(sources, len(sources), count, weight.shape[1],
+                                             abi.DTYPE_CODES[weight.dtype],
+                                             abi.ffi.cast("void *", abi.address(panels)), self.threads)  # fmt: skip
         finally:
             for fd in files.values():
                 os.close(fd)
         if short < 0:
             raise RillError(f"{weight.name}: no memory left to read it")
         if short:
-            source = weight.sources[short - 1]
+            source = stacked[short - 1]
             raise RillError(f"{source.file}: ends before the data of tensor {source.name}")
 
     def weight_bytes(self, weight: Weight) -> int:
-        rows, width = weight.shape[0], weight.shape[-1]
         if weight.layout == "matrix":
-            panel = abi.constants.PANEL
-            rows = -(-rows // panel) * panel
-            width += width % 2 if weight.dtype == abi.BFLOAT16 else 0
-            size = rows * width * weight.dtype.itemsize
+            size = -(-weight.shape[0] // abi.constants.PANEL) * self.panel_bytes(weight)
         else:
             size = int(np.prod(weight.shape, dtype=np.int64)) * weight.dtype.itemsize
         return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def panel_bytes(self, weight: Weight) -> int:
+        """Of PANEL rows of a packed matrix: bf16 has its inputs in pairs."""
+        width = weight.shape[1] + (weight.shape[1] % 2 if weight.dtype == abi.BFLOAT16 else 0)
+        return int(abi.constants.PANEL * width * weight.dtype.itemsize)
 
     def cache_bytes(self, dtype: np.dtype, head_dim: int) -> int:
         return int(self.library.kv_head_bytes(abi.DTYPE_CODES[dtype], head_dim))
@@ -237,11 +253,12 @@ class NativeProgram(Program):
         self.scratch = reserve(scratch)
         self.scratch_pointer = ffi.cast("void *", abi.address(self.scratch))
 
-    def run(self, first: int, last: int) -> None:
+    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
         device = self.device
         check_not_forked()
+        filled = abi.ffi.NULL if times is None else abi.ffi.cast("struct node_times *", abi.address(times))
         status = device.library.plan_run(self.nodes + first, last - first, device.threads, device.control,
-                                         self.scratch_pointer)  # fmt: skip
+                                         self.scratch_pointer, filled)  # fmt: skip
         if status:
             raise failure(status, device.control.detail)
 
