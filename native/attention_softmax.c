@@ -12,27 +12,19 @@ static void hide(const struct part *part, struct span seen, int64_t sink, float 
         scores[pos - begin] = -INFINITY;
 }
 
-/* Vectors to half a page. Each has a chain of its own in a reduction: one chain would wait for itself. */
-enum { VECTORS_OF_HALF = HALF / LANES, CHAINS = 2 * VECTORS_OF_HALF };
+/* Each vector of a page has a chain of its own in a reduction: one chain would wait for itself. */
+enum { CHAINS = PAGE / LANES };
 
-#define EACH_HALF(part, statement)               \
-    do {                                         \
-        if ((part)->from == 0) {                 \
-            const int chain = 0;                 \
-            statement                            \
-        }                                        \
-        if ((part)->to == PAGE) {                \
-            const int chain = VECTORS_OF_HALF;   \
-            statement                            \
-        }                                        \
+/* A statement for each vector of a part, with its number in the page as a constant. */
+#define EACH_VECTOR(part, statement)                                                                   \
+    do {                                                                                               \
+        if ((part)->to - (part)->from == PAGE) {                                                       \
+            _Pragma("GCC unroll 16") for (int chain = 0; chain < CHAINS; chain++) { statement }         \
+        } else {                                                                                       \
+            _Pragma("GCC unroll 16") for (int chain = 0; chain < CHAINS; chain++)                       \
+                if (chain * LANES >= (part)->from && chain * LANES < (part)->to) { statement }          \
+        }                                                                                              \
     } while (0)
-
-INLINE void highest_of_half(const float *scores, vec *highest, const int chain)
-{
-#pragma GCC unroll 8
-    for (int j = 0; j < VECTORS_OF_HALF; j++)
-        highest[chain + j] = vec_max(highest[chain + j], vec_load(scores + j * LANES));
-}
 
 INLINE float highest_score(const struct attention_tile *t, int64_t row, int64_t parts, float *scores, const int32_t dtype)
 {
@@ -47,7 +39,7 @@ INLINE float highest_score(const struct attention_tile *t, int64_t row, int64_t 
                 vec_store(scores + i, vec_mul(vec_load(scores + i), vec_load(part->scales + part->from + i)));
         if (begin < seen.first || end - 1 > seen.last)
             hide(part, seen, t->op->sink, scores);
-        EACH_HALF(part, highest_of_half(scores, highest, chain); scores += HALF;);
+        EACH_VECTOR(part, highest[chain] = vec_max(highest[chain], vec_load(scores)); scores += LANES;);
     }
     for (int j = 1; j < CHAINS; j++)
         highest[0] = vec_max(highest[0], highest[j]);
@@ -67,17 +59,14 @@ INLINE void store_weights(float *weights, int64_t i, vec w, int32_t dtype)
     vec_store(weights + i, w);
 }
 
-INLINE void weigh_half(const struct part *part, float *scores, int64_t at, vec top, vec scale, const int32_t dtype, vec *sum,
-                       const int chain)
+/* The weights of a vector of scores, the `chain`-th of its page. Returns them before they are scaled. */
+INLINE vec weigh_vector(const struct part *part, float *scores, int64_t at, vec top, vec scale, const int32_t dtype,
+                        const int chain)
 {
-#pragma GCC unroll 8
-    for (int j = 0; j < VECTORS_OF_HALF; j++) {
-        vec w = vec_exp2(vec_mul(vec_sub(vec_load(scores + at + j * LANES), top), scale));
-        sum[chain + j] = vec_add(sum[chain + j], w);
-        if (dtype == DTYPE_I8)
-            w = vec_mul(w, vec_load(part->scales + PAGE + (chain + j) * LANES));
-        store_weights(scores, at + j * LANES, w, dtype);
-    }
+    vec w = vec_exp2(vec_mul(vec_sub(vec_load(scores + at), top), scale));
+    vec scaled = dtype == DTYPE_I8 ? vec_mul(w, vec_load(part->scales + PAGE + chain * LANES)) : w;
+    store_weights(scores, at, scaled, dtype);
+    return w;
 }
 
 /* Scores become weights 2^((score - max) · scale), in place. Returns their sum. */
@@ -88,10 +77,20 @@ INLINE float weigh(const struct attention_tile *t, int64_t parts, float max, flo
     for (int j = 0; j < CHAINS; j++)
         sum[j] = vec_set(0.0f);
     for (const struct part *part = t->part; part < t->part + parts; part++)
-        EACH_HALF(part, weigh_half(part, scores, at, top, scale, dtype, sum, chain); at += HALF;);
+        EACH_VECTOR(part, vec w = weigh_vector(part, scores, at, top, scale, dtype, chain);
+                    sum[chain] = vec_add(sum[chain], w); at += LANES;);
     for (int j = 1; j < CHAINS; j++)
         sum[0] = vec_add(sum[0], sum[j]);
     return vec_reduce_add(sum[0]);
+}
+
+/* A maximum passes over NaN. Where nothing else is left, this tells NaN from nothing. */
+static bool has_nan(const float *scores, int64_t count)
+{
+    bool found = false;
+    for (int64_t i = 0; i < count; i++)
+        found |= scores[i] != scores[i];
+    return found;
 }
 
 /* Brings what a query has summed up so far to a new highest score. */
@@ -107,47 +106,42 @@ static void raise_max(struct attention_tile *t, int64_t query, float highest)
         vec_store(out + d, vec_mul(vec_load(out + d), vec_set(shrink)));
 }
 
-/* A maximum passes over NaN. Where nothing else is left, this tells NaN from nothing. */
-static bool has_nan(const float *scores, int64_t count)
+/* One step for all queries, then the next: the vectors of a query's step wait for each other, those of different queries
+ * do not. */
+INLINE void soften(struct attention_tile *t, int64_t first, int64_t count, int64_t parts, int64_t columns, const int32_t dtype)
 {
-    bool found = false;
-    for (int64_t i = 0; i < count; i++)
-        found |= scores[i] != scores[i];
-    return found;
-}
-
-/* Turns the `columns` scores of one query into weights. */
-INLINE void soften(struct attention_tile *t, int64_t query, int64_t parts, int64_t columns, float *scores,
-                   const int32_t dtype)
-{
-    float highest = highest_score(t, row_of(t, query), parts, scores, dtype);
-    if (highest == -INFINITY) {
-        if (!has_nan(scores, columns)) { /* it sees nothing of this block */
-            memset(scores, 0, (size_t)columns * sizeof *scores);
-            return;
-        }
-        highest = NAN;
+    for (int64_t r = 0; r < count; r++)
+        t->highest[r] = highest_score(t, row_of(t, first + r), parts, t->scores + r * t->score_row, dtype);
+    for (int64_t r = 0; r < count; r++) {
+        if (t->highest[r] == -INFINITY && has_nan(t->scores + r * t->score_row, columns))
+            t->highest[r] = NAN;
+        if (!(t->highest[r] <= t->max[first + r]))
+            raise_max(t, first + r, t->highest[r]);
     }
-    if (!(highest <= t->max[query]))
-        raise_max(t, query, highest);
-    t->sum[query] += weigh(t, parts, t->max[query], scores, dtype);
+    for (int64_t r = 0; r < count; r++) {
+        float *scores = t->scores + r * t->score_row;
+        if (t->highest[r] == -INFINITY) /* it sees nothing of this block */
+            memset(scores, 0, (size_t)columns * sizeof *scores);
+        else
+            t->sum[first + r] += weigh(t, parts, t->max[first + r], scores, dtype);
+    }
 }
 
 /* A function for each dtype, of which f16 is softened as f32 is. */
 #define SOFTEN(name, dtype)                                                                                          \
-    static void name(struct attention_tile *t, int64_t query, int64_t parts, int64_t columns, float *scores)         \
+    static void name(struct attention_tile *t, int64_t first, int64_t count, int64_t parts, int64_t columns)         \
     {                                                                                                                \
-        soften(t, query, parts, columns, scores, dtype);                                                             \
+        soften(t, first, count, parts, columns, dtype);                                                              \
     }
 SOFTEN(soften_f32, DTYPE_F32)
 SOFTEN(soften_bf16, DTYPE_BF16)
 SOFTEN(soften_i8, DTYPE_I8)
 
-void tile_soften(struct attention_tile *t, int64_t query, int64_t parts, int64_t columns, float *scores)
+void tile_soften(struct attention_tile *t, int64_t first, int64_t count, int64_t parts, int64_t columns)
 {
     switch (t->op->kv_dtype) {
-    case DTYPE_BF16: soften_bf16(t, query, parts, columns, scores); break;
-    case DTYPE_I8: soften_i8(t, query, parts, columns, scores); break;
-    default: soften_f32(t, query, parts, columns, scores);
+    case DTYPE_BF16: soften_bf16(t, first, count, parts, columns); break;
+    case DTYPE_I8: soften_i8(t, first, count, parts, columns); break;
+    default: soften_f32(t, first, count, parts, columns);
     }
 }

@@ -3,7 +3,7 @@
 
 #include <unistd.h>
 
-enum { MOST_QUERIES = 384, TILES_A_THREAD = 4 };
+enum { MOST_QUERIES = 768, TILES_A_THREAD = 4 };
 
 /* As many queries as have their state in half of the L2 cache: each block of keys is read once for all of them. */
 int64_t q_block_of(const struct attention *op)
@@ -54,6 +54,7 @@ int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int6
     t->q_sink = cut(memory, &used, sink * queries * t->q_row * 4);
     t->scores = cut(memory, &used, strip * t->score_row * 4);
     t->sink_scores = cut(memory, &used, sink * strip * PAGE * 4);
+    t->highest = cut(memory, &used, strip * 4);
     t->out = cut(memory, &used, queries * t->width * 4);
     t->max = cut(memory, &used, queries * 4);
     t->sum = cut(memory, &used, queries * 4);
@@ -133,16 +134,17 @@ void tile_clear_sums(struct attention_tile *t)
         t->max[i] = -INFINITY, t->sum[i] = 0.0f;
 }
 
-/* What a strip of queries, from position `first` to `last`, needs of a page: halves of it, since windows and the
+/* What a strip of queries, from position `first` to `last`, needs of a page: some panels of it, since windows and the
  * diagonal seldom end with a page. What is left out would have added exact zeros. */
 static struct part part_of(const struct attention_tile *t, int64_t page, int64_t first, int64_t last)
 {
     const struct attention *op = t->op;
     int64_t begin = page * PAGE, window = op->window > 0 ? max_i64(0, first - op->window + 1) - begin : 0;
     int64_t sinks = op->sink - begin, from = sinks > 0 ? 0 : max_i64(0, window), to = min_i64(PAGE, last + 1 - begin);
+    int64_t step = max_i64(PANEL, tile_product_lines(line_of(op->kv_dtype)) * line_inputs(op->kv_dtype));
     if (window >= PAGE)
         to = min_i64(to, sinks);
-    return (struct part){.page = page, .from = from / HALF * HALF, .to = round_up(max_i64(to, 0), HALF),
+    return (struct part){.page = page, .from = from / step * step, .to = round_up(max_i64(to, 0), step),
                          .sinks = max_i64(0, min_i64(PAGE, sinks)), .only_sinks = window >= PAGE};
 }
 
@@ -222,8 +224,7 @@ static void attend_strip(struct attention_tile *t, int64_t first, int64_t count,
     }
     if (parts == 0)
         return;
-    for (int64_t r = 0; r < count; r++)
-        tile_soften(t, first + r, parts, columns, t->scores + r * t->score_row);
+    tile_soften(t, first, count, parts, columns);
     multiply_values(t, first, count, parts);
 }
 

@@ -12,9 +12,7 @@
 
 struct span { int64_t first, last; }; /* positions, both included */
 
-enum { HALF = PAGE / 2 };
-
-/* What a strip of queries needs of a page: columns [from, to), whole halves. */
+/* What a strip of queries needs of a page: columns [from, to), whole panels. */
 struct part {
     int64_t page, from, to;
     int64_t sinks;                 /* how many of the page's positions are sinks */
@@ -33,6 +31,7 @@ struct attention_tile {
     int64_t q_row;
     float *scores, *sink_scores;   /* [strip][score_row], [strip][PAGE] */
     int64_t score_row;
+    float *highest;                /* [strip] of a block */
     float *out, *max, *sum;        /* [queries][width]: sums of weight · value; highest score; sum of weights */
     int64_t *page;                 /* numbers of a block's pages */
     struct part *part;             /* what the strip at hand needs of them */
@@ -59,9 +58,9 @@ int64_t tile_end_page(const struct attention_tile *t);
  * at multiples of it. */
 void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size);
 
-/* Turns the `columns` scores of one query, those of t->part[0 .. parts], into weights in place, as the micro-kernel reads
- * A, and counts them into the query's highest score and sum. */
-void tile_soften(struct attention_tile *t, int64_t query, int64_t parts, int64_t columns, float *scores);
+/* Turns the scores of `count` queries, `columns` each, those of t->part[0 .. parts], into weights in place, as the
+ * micro-kernel reads A, and counts them into the queries' highest scores and sums. */
+void tile_soften(struct attention_tile *t, int64_t first, int64_t count, int64_t parts, int64_t columns);
 
 /* The output of one query: weighted values over the sum of weights. sums may be out. */
 void divide_by_sum(const struct attention *op, const float *sums, float sum, float *out);

@@ -47,11 +47,13 @@ static inline struct range my_share(const struct worker *me, int64_t count)
     return share_of(count, me->index, me->team->threads);
 }
 
-/* Where loops wait for memory: brings what lies a page ahead into the L2 cache. */
+/* Brings what lies a page ahead into the L2 cache, or what is needed soon into the L1 cache. */
 #ifdef __GNUC__
 #define FETCH_AHEAD(p) __builtin_prefetch((const char *)(p) + 4096, 0, 2)
+#define FETCH_SOON(p) __builtin_prefetch(p, 0, 3)
 #else
 #define FETCH_AHEAD(p) ((void)0)
+#define FETCH_SOON(p) ((void)0)
 #endif
 
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }

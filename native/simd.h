@@ -34,8 +34,8 @@ INLINE vec vec_exp2i(vec n) /* 2^n for integral n */
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-#define LOWEST_EXPONENT -300.0f /* vec_scale2 makes zero of it */
-INLINE vec vec_scale2(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x · 2^n for integral n */
+INLINE vec vec_fraction(vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); } /* x - floor(x) */
+INLINE vec vec_scale2(vec x, vec y) { return _mm512_scalef_ps(x, y); } /* x · 2^floor(y) */
 INLINE vec line_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE vec line_i8(const void *p, const int byte) /* one of the four bytes of each unit */
 {
@@ -224,8 +224,10 @@ INLINE void transpose_units(const char *const row[PANEL], int64_t at, uint32_t *
 #define VECTORS (PANEL / LANES)
 
 #if LANES < 16
-#define LOWEST_EXPONENT -127.0f
-INLINE vec vec_scale2(vec x, vec n) { return vec_mul(x, vec_exp2i(n)); }
+/* Below -126.5 the floor is taken for -127, of which vec_exp2i makes zero. In this order NaN stays. */
+INLINE vec vec_floor(vec x) { return vec_round(vec_sub(vec_max(vec_set(-126.5f), x), vec_set(0.5f))); }
+INLINE vec vec_fraction(vec x) { return vec_sub(vec_max(vec_set(-126.5f), x), vec_floor(x)); }
+INLINE vec vec_scale2(vec x, vec y) { return vec_mul(x, vec_exp2i(vec_floor(y))); }
 INLINE float vec_reduce_add(vec x)
 {
     float lane[LANES];
@@ -264,18 +266,16 @@ INLINE vec vec_exp(vec x)
     return vec_unless_below(x, -87.0f, vec_mul(p, vec_exp2i(n)));
 }
 
-/* 2^x for x <= 127, within 2e-7; 0 below -126 or further down, NaN for NaN. A minimax polynomial of degree 5. */
+/* 2^x for x < 128, within 2e-7; 0 below -126 or further down, NaN for NaN. A minimax polynomial of degree 5. */
 INLINE vec vec_exp2(vec x)
 {
-    vec clamped = vec_max(vec_set(LOWEST_EXPONENT), x);
-    vec n = vec_round(clamped), r = vec_sub(clamped, n);
-    vec p = vec_set(1.326472707e-3f);
-    p = vec_fma(p, r, vec_set(9.671512649e-3f));
-    p = vec_fma(p, r, vec_set(5.550733744e-2f));
-    p = vec_fma(p, r, vec_set(2.402224209e-1f));
-    p = vec_fma(p, r, vec_set(6.931469776e-1f));
+    vec r = vec_fraction(x), p = vec_set(1.8671300495e-3f);
+    p = vec_fma(p, r, vec_set(9.0170307084e-3f));
+    p = vec_fma(p, r, vec_set(5.5799912661e-2f));
+    p = vec_fma(p, r, vec_set(2.4016444385e-1f));
+    p = vec_fma(p, r, vec_set(6.9315129519e-1f));
     p = vec_fma(p, r, vec_set(1.0f));
-    return vec_scale2(p, n);
+    return vec_scale2(p, x);
 }
 
 /* Loops over `width` floats, LANES at a time; the tail goes through a zero-filled copy, so that every element sees

@@ -1,7 +1,7 @@
 /* Streaming attention: the cache is walked in ranges of 1,024 keys. Each range has a softmax of its own, and ranges are
  * merged in order by their highest scores and sums of weights, whoever computed them. A single query's ranges are
  * shared out among the threads, each a straight walk over the pages with all their heads; of many queries, a tile goes
- * through its ranges one after the other. */
+ * through its ranges one after the other. A window that is no longer than a range is walked without them. */
 #include "attention_tile.h"
 
 enum { RANGE = 1024 / PAGE }; /* pages */
@@ -187,6 +187,10 @@ void streaming_attention(const struct attention *op, struct worker *me)
     divide(op, me->team->threads, *op->rows, me, &s);
     place(&t, s.tile);
     int64_t end = *op->rows, rows = tile_rows(op, me->team->threads);
+    if (op->window > 0 && op->window <= RANGE * PAGE) { /* so little is seen that ranges would be in the way */
+        attend_by_tiles(&t, rows, block_pages(op), me);
+        return;
+    }
     int32_t item = 0, next = take(me);
     while (tile_before(&t, &end, rows))
         for (t.kv_head = 0; t.kv_head < op->kv_heads && !is_split(&t); t.kv_head++)

@@ -70,7 +70,8 @@ INLINE vec multiply_add(vec w, vec x, vec acc, const enum line kind)
 #define HIDE(pointer) ((void)0)
 #endif
 
-enum { WAITING_ROWS = 3 }; /* so few rows wait for memory */
+/* So few rows wait for memory; more have time to bring a line into the L1 cache before they need it. */
+enum { WAITING_ROWS = 3, LINES_AHEAD = 16 };
 
 /* acc[rows][columns * VECTORS] += tile. `rows`, `columns` and `kind` must be constants where this is called. */
 INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, const int columns, const enum line kind)
@@ -86,10 +87,14 @@ INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, cons
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
             vec w[ACCUMULATORS];
-            if (rows <= WAITING_ROWS && part == 0)
+            if (part == 0)
 #pragma GCC unroll 24
-                for (int i = 0; i < columns; i++)
-                    FETCH_AHEAD(b + i * b_column);
+                for (int i = 0; i < columns; i++) {
+                    if (rows <= WAITING_ROWS)
+                        FETCH_AHEAD(b + i * b_column);
+                    else
+                        FETCH_SOON(b + LINES_AHEAD * b_step + i * b_column);
+                }
 #pragma GCC unroll 24
             for (int i = 0; i < width; i++)
                 w[i] = line_load(b + i / VECTORS * b_column + i % VECTORS * vector_bytes, kind, part);
@@ -129,6 +134,16 @@ struct tile_product {
     bool add;
 };
 void tile_product(const struct tile_product *p, int64_t rows, int64_t panels);
+/* Lines that count as one in a sum: a product must be cut at multiples of them. */
+static inline int64_t tile_product_lines(const enum line kind)
+{
+#ifdef __AMX_BF16__
+    if (kind == LINE_BF16)
+        return 16;
+#endif
+    (void)kind;
+    return 1;
+}
 /* Rows that fill a register tile. */
 static inline int64_t tile_product_rows(const enum line kind)
 {
