@@ -18,6 +18,7 @@ from engine.device import Progress, open_device
 from engine.errors import RillError, UsageError
 from engine.open_model import open_model
 from engine.profile import Profile
+from engine.quantised import format_of
 from engine.request import Completion, Request
 from engine.runner import Runner, check_kv_dtype
 from engine.sampler import SamplingParams
@@ -25,7 +26,7 @@ from engine.scheduler import Scheduler
 from engine.text.detokenizer import StreamDecoder
 from engine.text.tokenizer import Tokenizer
 
-DTYPES = ("auto", "float32")
+DTYPES = ("auto", "float32", "int8", "int4")
 PATIENCE = 0.1  # seconds: an unbounded wait would miss a Ctrl-C that comes just before it
 Prompt = str | Sequence[int]
 
@@ -36,7 +37,8 @@ class LLM:
     model: a directory in Hugging Face format, a hub name, a `.safetensors` file or an index with its config beside it,
     or a `.gguf` file. tokenizer: a directory or file, by default the model's. device: "auto", "cpu" or "numpy". isa:
     "auto" or one that this machine has. dtype: "auto" keeps weights as stored (GGUF's blocks become bfloat16),
-    "float32" widens them once. kv_dtype: "auto" is
+    "float32" widens them once, "int8" and "int4" quantise them in groups of 64 and 32 inputs ("int4-128" and so on: of
+    so many). kv_dtype: "auto" is
     float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
     max_batch: sequences that run together; more prompts queue. threads: by default one a core. attention: "auto",
     "standard", "flash" or "streaming". q_block, kv_block: queries and keys to a block of the last two.
@@ -67,7 +69,7 @@ class LLM:
         q_block: int | None = None,
         kv_block: int | None = None,
     ) -> None:
-        _choice("dtype", dtype, DTYPES)
+        _choice("dtype", dtype, DTYPES if format_of(dtype) is None else (dtype,))
         check_kv_dtype(kv_dtype)
         _positive("max_seq_len", max_seq_len)
         _positive("max_batch", max_batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,7 +109,9 @@ class CPUDevice(Device):
     def _load(self, weight: Weight, memory: np.ndarray) -> None:
         if weight.layout == "matrix":
             weight.storage = memory
-            if any(hasattr(source, "block") for source in weight.sources):
+            if weight.group:
+                self._pack_quantised(weight)
+            elif any(hasattr(source, "block") for source in weight.sources):
                 self._pack_decoded(weight)
             else:
                 self._pack(weight, weight.sources, 0, weight.shape[0])
@@ -120,12 +122,21 @@ class CPUDevice(Device):
         weight.storage[...] = values
 
     def _pack_decoded(self, weight: Weight) -> None:
-        """Packs rows that are decoded first, so many at a time that the whole never lies in memory twice."""
-        panel = abi.constants.PANEL
-        step = max(DECODED // (4 * weight.shape[1]) // panel, 1) * panel
-        for first in range(0, weight.shape[0], step):
-            count = min(step, weight.shape[0] - first)
-            self._pack(weight, [weight.stacked_rows(first, first + count)], first, count)
+        for first, last in slices(weight):
+            self._pack(weight, [weight.stacked_rows(first, last)], first, last - first)
+
+    def _pack_quantised(self, weight: Weight) -> None:
+        for first, last in slices(weight):
+            rows = weight.quantised_rows(first, last)
+            arrays = [np.ascontiguousarray(a) for a in (rows.quants, rows.scales, rows.minimums) if a is not None]
+            pointers = [abi.ffi.cast("void *", abi.address(array)) for array in arrays] + [abi.ffi.NULL]
+            self.library.pack_quantised(*pointers[:3], last - first, weight.shape[1], abi.DTYPE_CODES[weight.dtype],
+                                        weight.group, self._panels(weight, first), self.threads)  # fmt: skip
+
+    def _panels(self, weight: Weight, row: int) -> Any:
+        """The address of the panel that begins with a row."""
+        offset = row // abi.constants.PANEL * self.panel_bytes(weight)
+        return abi.ffi.cast("void *", abi.address(weight.storage) + offset)
 
     def _pack(self, weight: Weight, stacked: Sequence[Any], first: int, count: int) -> None:
         """Packs sources as `count` rows of a weight, from row `first` on, a multiple of a panel's."""
@@ -146,10 +157,9 @@ class CPUDevice(Device):
                 else:
                     keep_alive.append(np.ascontiguousarray(source))
                     entry.fd, entry.data = -1, abi.ffi.cast("void *", abi.address(keep_alive[-1]))
-            panels = weight.storage[first // abi.constants.PANEL * self.panel_bytes(weight) :]
             short = self.library.pack_matrix(sources, len(sources), count, weight.shape[1],
-                                             abi.DTYPE_CODES[weight.dtype],
-                                             abi.ffi.cast("void *", abi.address(panels)), self.threads)  # fmt: skip
+                                             abi.DTYPE_CODES[weight.dtype], self._panels(weight, first),
+                                             self.threads)  # fmt: skip
         finally:
             for fd in files.values():
                 os.close(fd)
@@ -167,9 +177,8 @@ class CPUDevice(Device):
         return -(-size // ALIGNMENT) * ALIGNMENT
 
     def panel_bytes(self, weight: Weight) -> int:
-        """Of PANEL rows of a packed matrix: bf16 has its inputs in pairs."""
-        width = weight.shape[1] + (weight.shape[1] % 2 if weight.dtype == abi.BFLOAT16 else 0)
-        return int(abi.constants.PANEL * width * weight.dtype.itemsize)
+        """Of PANEL rows of a packed matrix."""
+        return int(self.library.packed_panel_bytes(abi.DTYPE_CODES[weight.dtype], weight.group, weight.shape[1]))
 
     def cache_bytes(self, dtype: np.dtype, head_dim: int) -> int:
         return int(self.library.kv_head_bytes(abi.DTYPE_CODES[dtype], head_dim))
@@ -312,12 +321,20 @@ def reserve(size: int) -> np.ndarray:
     return memory[start : start + size]
 
 
+def slices(weight: Weight) -> Iterator[tuple[int, int]]:
+    """Rows [first, last) to be decoded or quantised at once, whole panels: the whole never lies in memory twice."""
+    panel = abi.constants.PANEL
+    step = max(DECODED // (4 * weight.shape[1]) // panel, 1) * panel
+    for first in range(0, weight.shape[0], step):
+        yield first, min(first + step, weight.shape[0])
+
+
 class PackedMatrix:
     """A packed matrix as the oracle sees it: rows unpack to float32 when they are asked for."""
 
     def __init__(self, device: CPUDevice, tensor: Tensor) -> None:
         self.device, self.tensor = device, tensor
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.shape, self.dtype, self.group = tensor.shape, tensor.dtype, tensor.group
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
@@ -328,7 +345,7 @@ class PackedMatrix:
     def _unpack(self, first: int, count: int) -> np.ndarray:
         out = np.empty((count, self.shape[1]), np.float32)
         self.device.library.unpack_matrix(self.device.pointer(self.tensor), abi.DTYPE_CODES[self.dtype],
-                                          self.shape[1], first, count,
+                                          self.group, self.shape[1], first, count,
                                           abi.ffi.cast("float *", abi.address(out)))  # fmt: skip
         return out
 

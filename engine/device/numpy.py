@@ -42,6 +42,10 @@ class NumPyDevice(Device):
     def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
         total, done = sum(self.weight_bytes(w) for w in weights), 0
         for weight in weights:
+            if weight.group:
+                weight.storage = weight.quantised_rows(0, weight.shape[0])
+                done += self.weight_bytes(weight)
+                continue
             parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
             same = len(parts) == 1 and parts[0].dtype == weight.dtype
             weight.storage = parts[0] if same else np.concatenate([p.astype(weight.dtype) for p in parts])
@@ -65,7 +69,8 @@ class NumPyDevice(Device):
         tensor.storage = array
 
     def download(self, tensor: Tensor) -> np.ndarray:
-        return self.view(tensor).copy()
+        array = self.view(tensor)
+        return array if tensor.group else array.copy()
 
     def view(self, tensor: Tensor) -> np.ndarray:
         array = tensor.owner.storage

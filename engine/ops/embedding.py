@@ -16,14 +16,15 @@ def embedding(token: np.ndarray, table: np.ndarray, out: np.ndarray, *, vocab_si
 
 
 class Embedding(Layer):
-    """Rows of a table [vocab_size, hidden]. forward: token [rows] int32 -> [rows, hidden].
+    """Rows of a table [vocab_size, hidden], in 8 bits where dtype asks for 4: logits, made of the same table, need them.
+    forward: token [rows] int32 -> [rows, hidden].
 
     Raises TokenError when a plan meets an id outside the table.
     """
 
     def __init__(self, table: Source, dtype: str = "auto", name: str = "", device: Device | None = None) -> None:
         super().__init__(name, device)
-        self.table = matrix(f"{self.name}.weight", [table], dtype)
+        self.table = matrix(f"{self.name}.weight", [table], dtype.replace("int4", "int8"))
 
     def record(self, token: Tensor) -> Tensor:
         self.check(token.dtype == np.int32, f"token ids are {token.dtype}, expected int32")
