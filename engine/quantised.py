@@ -91,14 +91,18 @@ def quantise(values: npt.NDArray[np.floating], format: Format, name: str = "") -
         raise RillError(f"{name or 'a matrix'}: holds numbers that are not finite or too large to be quantised")
     signed, scales = _round_int8(groups, largest) if format.dtype == INT8 else _round_int4(groups)
     quants = (signed + np.float32(ZERO[format.dtype])).astype(np.uint8)
-    return QuantisedMatrix(format, quants.reshape(len(values), -1)[:, : values.shape[1]], scales)
+    return QuantisedMatrix(format, _flat(quants)[:, : values.shape[1]], scales)
 
 
 def _in_groups(values: Floats, group: int) -> Floats:
     rows, width = values.shape
-    padded = np.zeros((rows, -(-width // group) * group), np.float32)
-    padded[:, :width] = values
-    return padded.reshape(rows, -1, group)
+    padded = np.zeros((rows, -(-width // group), group), np.float32)
+    _flat(padded)[:, :width] = values
+    return padded
+
+
+def _flat(groups: np.ndarray) -> np.ndarray:
+    return groups.reshape(len(groups), groups.shape[1] * groups.shape[2])
 
 
 def _round_int8(groups: Floats, largest: Floats) -> tuple[Floats, npt.NDArray[np.float16]]:
@@ -147,4 +151,4 @@ def round_inputs(x: Floats, group: int) -> Floats:
         factors = np.where(np.isfinite(factors), factors, np.float32(0))
         scales = np.where(factors > 0, largest / np.float32(127), np.float32(0))
         rounded = np.where(np.isfinite(largest), np.rint(groups * factors) * scales, np.float32(np.nan))
-    return rounded.reshape(len(x), -1)[:, : x.shape[1]]
+    return _flat(rounded)[:, : x.shape[1]]

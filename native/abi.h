@@ -234,8 +234,8 @@ void unpack_matrix(const void *packed, int32_t dtype, int32_t group, int32_t k, 
 /* Reads all of a memory on all threads, each its share as that many parallel streams: to be timed. */
 uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t streams);
 
-/* Does `rounds` of the multiply-adds that products with weights or a cache of that dtype are made of, on all threads, in
- * registers alone: to be timed. Returns the floating-point operations. */
+/* Does `rounds` of the multiply-adds that products with weights of that dtype are made of, on all threads, in registers
+ * alone: to be timed. Returns the operations, two for a multiply-add. A cache of f16 or I8 is multiplied as f32. */
 int64_t multiply_in_registers(int32_t dtype, int64_t rounds, int32_t threads);
 
 /* Bytes of one head in a page of the cache, scales included. */

@@ -119,25 +119,25 @@ static void round_group(const float *x, int64_t count, int64_t group, int32_t ze
 {
     enum { MOST = 256 };
     int8_t bytes[MOST];
-    float most = 0.0f, scale;
     int32_t sum = 0;
-    for (int64_t i = 0; i < count; i++)
-        most = fabsf(x[i]) > most || x[i] != x[i] ? fabsf(x[i]) : most;
-    bool finite = most < INFINITY;
-    float factor = finite && most > 0.0f ? 127.0f / most : 0.0f;
-    factor = factor < INFINITY ? factor : 0.0f; /* all that is this close to zero is zero */
-    scale = !finite ? NAN : factor > 0.0f ? most / 127.0f : 0.0f;
-    for (int64_t i = 0; i < group; i++) {
-        /* Adding 1.5 · 2^23 leaves the nearest whole number in the last bits. */
-        float shifted = i < count && finite ? x[i] * factor + 12582912.0f : 12582912.0f;
-        int32_t bits;
-        memcpy(&bits, &shifted, 4);
-        bytes[i] = (int8_t)(uint8_t)(bits & 255);
-        sum += bytes[i];
+    vec most = vec_set(0.0f), nothing = vec_set(0.0f);
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec v = vec_load_upto(x + i, count - i);
+        most = vec_max(most, vec_max(v, vec_sub(vec_set(0.0f), v)));
+        nothing = vec_fma(v, vec_set(0.0f), nothing); /* or NaN */
     }
+    float largest = vec_reduce_max(most), factor = largest > 0.0f ? 127.0f / largest : 0.0f;
+    bool finite = vec_reduce_add(nothing) == 0.0f;
+    factor = finite && factor < INFINITY ? factor : 0.0f; /* what is too close to zero for it is zero */
+    for (int64_t i = 0; i < group; i += LANES) {
+        vec v = i < count && finite ? vec_load_upto(x + i, count - i) : vec_set(0.0f);
+        vec_round_bytes(vec_mul(v, vec_set(factor)), bytes + i);
+    }
+    for (int64_t i = 0; i < group; i++)
+        sum += bytes[i];
+    float scale = !finite ? NAN : factor > 0.0f ? largest / 127.0f : 0.0f, scaled = scale * (float)sum;
     memcpy(record + SCALE, &scale, 4);
     record[START] = -zero * sum;
-    float scaled = scale * (float)sum;
     memcpy(record + SUM, &scaled, 4);
     for (int64_t i = 0; i < group / 4; i++)
         store_quad(record + QUADS + i * QUAD_WORDS, bytes + i * 4);

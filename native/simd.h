@@ -56,6 +56,10 @@ INLINE ivec ivec_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
 INLINE ivec ivec_low_halves(ivec x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 INLINE ivec ivec_high_halves(ivec x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 INLINE vec ivec_to_vec(ivec x) { return _mm512_cvtepi32_ps(x); }
+INLINE void vec_round_bytes(vec x, int8_t *out) /* whole numbers of a byte each, ties to even */
+{
+    _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
 #if defined(__AVX512VNNI__)
 #define QUAD_WORDS 1
 /* acc + the products of the unsigned quads in w with the signed quad at x. Tied to its register as in vec_dot_bf16. */
@@ -155,6 +159,14 @@ INLINE ivec ivec_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
 INLINE ivec ivec_low_halves(ivec x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 INLINE ivec ivec_high_halves(ivec x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 INLINE vec ivec_to_vec(ivec x) { return _mm256_cvtepi32_ps(x); }
+INLINE void vec_round_bytes(vec x, int8_t *out)
+{
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x), _mm256_setzero_si256());
+    __m256i bytes = _mm256_packs_epi16(words, words);
+    int32_t low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
+    memcpy(out, &low, 4);
+    memcpy(out + 4, &high, 4);
+}
 INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
 {
     __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
@@ -259,6 +271,12 @@ INLINE ivec ivec_add(ivec a, ivec b) { EACH_WORD(a.lane[i] + b.lane[i]); }
 INLINE ivec ivec_low_halves(ivec x) { EACH_WORD(x.lane[i] & 0x0f0f0f0f); }
 INLINE ivec ivec_high_halves(ivec x) { EACH_WORD(x.lane[i] >> 4 & 0x0f0f0f0f); }
 INLINE vec ivec_to_vec(ivec x) { EACH((float)(int32_t)x.lane[i]); }
+INLINE void vec_round_bytes(vec x, int8_t *out)
+{
+    vec whole = vec_round(x);
+    for (int i = 0; i < LANES; i++)
+        out[i] = (int8_t)whole.lane[i];
+}
 INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
 {
     int8_t quad[4];
