@@ -37,9 +37,9 @@ class LLM:
     model: a directory in Hugging Face format, a hub name, a `.safetensors` file or an index with its config beside it,
     or a `.gguf` file. tokenizer: a directory or file, by default the model's. device: "auto", "cpu" or "numpy". isa:
     "auto" or one that this machine has. dtype: "auto" keeps weights as stored (GGUF's blocks become bfloat16),
-    "float32" widens them once, "int8" and "int4" quantise them in groups of 64 and 32 inputs ("int4-128" and so on: of
-    so many). kv_dtype: "auto" is
-    float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
+    "float32" widens them once, "int8" and "int4" quantise them in groups of 64 and 32 inputs ("int4-128" and the like:
+    of so many). cache: quantised weights are kept in the user's cache directory and taken from there. kv_dtype: "auto"
+    is float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
     max_batch: sequences that run together; more prompts queue. threads: by default one a core. attention: "auto",
     "standard", "flash" or "streaming". q_block, kv_block: queries and keys to a block of the last two.
 
@@ -63,6 +63,7 @@ class LLM:
         max_batch: int = 8,
         threads: int | None = None,
         progress: Progress | None = None,
+        cache: bool = True,
         *,
         sink: int | None = None,
         window: int | None = None,
@@ -89,7 +90,7 @@ class LLM:
         self.attention = choice.name(self.device, self.runner.layers[0].dtype, self.config.head_dim)
         self.attention_why = choice.why
         started_reading = time.perf_counter()
-        self.runner.load(progress)
+        self.runner.load(progress, cache)
         self.weights_seconds = time.perf_counter() - started_reading
         checkpoint.finish(ignore=checkpoint.tensors)
         self._scheduler = Scheduler(self.runner, max_batch)

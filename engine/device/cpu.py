@@ -14,6 +14,7 @@ from engine import abi, machine
 from engine.device import Cancelled, Device, NotFiniteError, Program, Progress, TokenError
 from engine.errors import RillError, UsageError
 from engine.int8 import Int8Array, dequantise, quantise
+from engine.packed_cache import cached_file, read_cached, write_cached
 
 if TYPE_CHECKING:
     from engine.layer import Weight
@@ -83,6 +84,7 @@ class CPUDevice(Device):
         self.library = abi.open_library(isa)
         self.control = abi.ffi.new("struct control *")
         self.arena = reserve(1)  # the weights of the last load, one after another
+        self.notes = []
 
     # Storage. A dense tensor's is an ndarray of its logical shape, any other's the bytes that the kernels read.
 
@@ -96,30 +98,46 @@ class CPUDevice(Device):
             count = int(np.prod(tensor.shape, dtype=np.int64))
             tensor.storage = buffer[: count * tensor.dtype.itemsize].view(tensor.dtype).reshape(tensor.shape)
 
-    def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
-        total = sum(self.weight_bytes(weight) for weight in weights)
-        self.arena, done = reserve(total), 0
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
+        total = self._place(weights)
+        kept = cached_file(weights) if cache else None
+        if kept and read_cached(kept, self.arena):
+            if progress:
+                progress(total, total)
+            return
+        done = 0
         for weight in weights:
-            size = self.weight_bytes(weight)
-            self._load(weight, self.arena[done : done + size])
-            done += size
+            self._load(weight)
+            done += self.weight_bytes(weight)
             if progress:
                 progress(done, total)
+        if kept and (problem := write_cached(kept, self.arena)):
+            self.notes.append(f"quantised weights are not kept: {problem}")
 
-    def _load(self, weight: Weight, memory: np.ndarray) -> None:
-        if weight.layout == "matrix":
-            weight.storage = memory
-            if weight.group:
-                self._pack_quantised(weight)
-            elif any(hasattr(source, "block") for source in weight.sources):
-                self._pack_decoded(weight)
+    def _place(self, weights: Sequence[Weight]) -> int:
+        """Gives all weights their memory, one after another. Returns how much that is."""
+        sizes = [self.weight_bytes(weight) for weight in weights]
+        self.arena, start = reserve(sum(sizes)), 0
+        for weight, size in zip(weights, sizes, strict=True):
+            memory = self.arena[start : start + size]
+            start += size
+            if weight.layout == "matrix":
+                weight.storage = memory
             else:
-                self._pack(weight, weight.sources, 0, weight.shape[0])
-            return
-        parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
-        values = np.concatenate([part.astype(weight.dtype) for part in parts])
-        weight.storage = memory[: values.nbytes].view(weight.dtype).reshape(weight.shape)
-        weight.storage[...] = values
+                count = int(np.prod(weight.shape, dtype=np.int64))
+                weight.storage = memory[: count * weight.dtype.itemsize].view(weight.dtype).reshape(weight.shape)
+        return sum(sizes)
+
+    def _load(self, weight: Weight) -> None:
+        if weight.layout != "matrix":
+            parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
+            weight.storage[...] = np.concatenate([part.astype(weight.dtype) for part in parts])
+        elif weight.group:
+            self._pack_quantised(weight)
+        elif any(hasattr(source, "block") for source in weight.sources):
+            self._pack_decoded(weight)
+        else:
+            self._pack(weight, weight.sources, 0, weight.shape[0])
 
     def _pack_decoded(self, weight: Weight) -> None:
         for first, last in slices(weight):

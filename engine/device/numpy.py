@@ -31,6 +31,7 @@ class NumPyDevice(Device):
 
     def __init__(self) -> None:
         self.stop = threading.Event()
+        self.notes = []
 
     def allocate(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:  # nothing shared: an oracle may be wasteful, not surprising
@@ -39,7 +40,7 @@ class NumPyDevice(Device):
             if in_eight_bits:
                 tensor.storage = tensor.storage.view(Int8Array)
 
-    def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
         total, done = sum(self.weight_bytes(w) for w in weights), 0
         for weight in weights:
             if weight.group:

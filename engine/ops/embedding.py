@@ -16,8 +16,8 @@ def embedding(token: np.ndarray, table: np.ndarray, out: np.ndarray, *, vocab_si
 
 
 class Embedding(Layer):
-    """Rows of a table [vocab_size, hidden], in 8 bits where dtype asks for 4: logits, made of the same table, need them.
-    forward: token [rows] int32 -> [rows, hidden].
+    """Rows of a table [vocab_size, hidden]. forward: token [rows] int32 -> [rows, hidden]. Where dtype asks for 4 bits
+    it has 8, which the logits need that are made of the same table.
 
     Raises TokenError when a plan meets an id outside the table.
     """
