@@ -70,6 +70,11 @@ class QuantisedMatrix:
         values = (self.quants[rows].astype(np.float32) - np.float32(ZERO[self.dtype])) * scales
         return values if self.minimums is None else values + self._of_each_input(self.minimums[rows])
 
+    def quantised_rows(self, start: int, stop: int) -> QuantisedMatrix:
+        """Rows [start, stop)."""
+        minimums = None if self.minimums is None else self.minimums[start:stop]
+        return QuantisedMatrix(self.format, self.quants[start:stop], self.scales[start:stop], minimums)
+
     def _of_each_input(self, of_groups: npt.NDArray[np.float16]) -> Floats:
         return np.repeat(of_groups.astype(np.float32), self.group, axis=-1)[..., : self.shape[1]]
 
