@@ -34,6 +34,9 @@ class Format:
     dtype: np.dtype
     group: int
 
+    def __str__(self) -> str:
+        return f"{self.dtype.name}-{self.group}"
+
 
 def format_of(name: str) -> Format | None:
     """The format that a dtype's name asks for, such as "int8", "int4" or "int4-64"; None if it is another dtype."""
