@@ -1,7 +1,7 @@
 """Quantised tensors in safetensors files, as tools/quantize.py writes them.
 
-A matrix `name` [n, k] in format int4-32 is two tensors: `name.int4-32.quants`, uint8 [n, k] or, of 4 bits, two to a byte
-[n, ceil(k / 2)], the first one low; and `name.int4-32.scales`, float16 [n, ceil(k / 32)].
+A matrix `name` [n, k] in format int4-32 is two tensors: `name.int4-32.quants`, uint8 [n, k] or, of 4 bits, two to
+a byte [n, ceil(k / 2)], the first one low; and `name.int4-32.scales`, float16 [n, ceil(k / 32)].
 """
 
 from __future__ import annotations
