@@ -24,7 +24,7 @@ static int64_t amx_scratch(int64_t k, int64_t rows, int32_t threads);
 static int64_t scratch_bytes(int32_t dtype, int64_t group, int64_t k, int64_t rows, int32_t threads)
 {
     if (is_quantised(dtype))
-        return quantised_scratch(dtype, group, k, rows);
+        return quantised_scratch(dtype, group, k, rows, threads);
 #ifdef __AMX_BF16__
     if (dtype == DTYPE_BF16)
         return amx_scratch(k, rows, threads);

@@ -39,6 +39,6 @@ void unpack_quantised_row(const void *packed, int32_t dtype, int64_t group, int6
 /* The product of rows with such a matrix. Inputs are rounded to 8 bits with a scale for each group, the sums of a group
  * are integers and so exact, and a group after the other is added in float32: one chain, whatever the tile. */
 void multiply_quantised(const struct product *p, struct worker *me);
-int64_t quantised_scratch(int32_t dtype, int64_t group, int64_t k, int64_t rows);
+int64_t quantised_scratch(int32_t dtype, int64_t group, int64_t k, int64_t rows, int32_t threads);
 
 #endif
