@@ -10,7 +10,6 @@ sums within a group are sums of integers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,38 +114,38 @@ def _flat(groups: np.ndarray) -> np.ndarray:
 
 def _round_int8(groups: Floats, largest: Floats) -> tuple[Floats, npt.NDArray[np.float16]]:
     scales = (largest / np.float32(127)).astype(np.float16)
-    return np.clip(_divided(groups, scales), -127, 127), scales
+    return _divided(groups, scales, (-127, 127)), scales
 
 
-def _divided(groups: Floats, scales: npt.NDArray[np.float16]) -> Floats:
-    """The nearest whole multiples of the scales."""
+def _divided(groups: Floats, scales: npt.NDArray[np.float16], limits: tuple[int, int]) -> Floats:
+    """The nearest whole multiples of the scales within limits."""
     factors = np.divide(1, scales, out=np.zeros(scales.shape, np.float32), where=scales != 0, dtype=np.float32)
-    return np.rint(groups * factors[..., None])
+    multiples = groups * factors[..., None]
+    np.rint(multiples, out=multiples)
+    return np.clip(multiples, *limits, out=multiples)
 
 
 def _round_int4(groups: Floats) -> tuple[Floats, npt.NDArray[np.float16]]:
-    """Of some scales around the one that just reaches the largest magnitude, each then fitted to what it rounds to by
-    least squares, the one with the least squared error."""
+    """Of some scales around the one that just reaches the largest magnitude, each fitted to what it rounds to by least
+    squares, the one with the least squared error."""
     at = np.abs(groups).argmax(axis=-1)[..., None]
     full = np.take_along_axis(groups, at, axis=-1)[..., 0] / np.float32(-8)  # that number becomes -8
     best = np.zeros_like(groups)
     best_scales, least = np.zeros(full.shape, np.float16), np.full(full.shape, np.inf, np.float32)
-    for trial in _scales_to_try(groups, full):
-        rounded = np.clip(_divided(groups, trial), -8, 7)
-        error = np.square(groups - rounded * trial.astype(np.float32)[..., None]).sum(axis=-1)
+    for share in (0.85, 0.95, 1.05):
+        rounded = _divided(groups, (full * np.float32(share)).astype(np.float16), (-8, 7))
+        fitted = (_dot(groups, rounded) / np.maximum(_dot(rounded, rounded), 1)).astype(np.float16)
+        rounded, scale = _divided(groups, fitted, (-8, 7)), fitted.astype(np.float32)
+        error = scale * (scale * _dot(rounded, rounded) - 2 * _dot(groups, rounded))  # less the same for every scale
         better = error < least
-        best[better], best_scales[better], least[better] = rounded[better], trial[better], error[better]
+        best[better], best_scales[better], least[better] = rounded[better], fitted[better], error[better]
     return best, best_scales
 
 
-def _scales_to_try(groups: Floats, full: Floats) -> Iterator[npt.NDArray[np.float16]]:
-    for share in (0.8, 0.87, 0.94, 1.0, 1.07):
-        trial = (full * np.float32(share)).astype(np.float16)
-        yield trial
-        rounded = np.clip(_divided(groups, trial), -8, 7)
-        energy = np.square(rounded).sum(axis=-1)
-        fitted = (groups * rounded).sum(axis=-1) / np.maximum(energy, 1)
-        yield fitted.astype(np.float16)
+def _dot(a: Floats, b: Floats) -> Floats:
+    """Of each group."""
+    product: Floats = np.einsum("ngi,ngi->ng", a, b)
+    return product
 
 
 def round_inputs(x: Floats, group: int) -> Floats:

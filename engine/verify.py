@@ -17,9 +17,10 @@ from engine.runner import Runner, Sampled, Segment, Want
 from engine.sampler import SamplingParams
 
 # Bounds on the normalised mean square error of one op: float32 sums, and inputs rounded to bf16.
-NODE_BOUND = {"float32": 1e-10, "bfloat16": 1e-5}
-# Bounds on a logit's error after the whole model, in standard deviations of the logits.
-LOGIT_BOUND = {"float32": 1e-3, "bfloat16": 0.1}
+NODE_BOUND = {"float32": 1e-10, "bfloat16": 1e-5, "quantised": 1e-5}
+# Bounds on a logit's error after the whole model, in standard deviations of the logits. Products with quantised weights
+# round to 8 bits, where the smallest difference before may become a whole step.
+LOGIT_BOUND = {"float32": 1e-3, "bfloat16": 0.1, "quantised": 0.4}
 SLICE = 4096  # rows of a weight that are compared at once
 
 
@@ -57,6 +58,8 @@ class Comparison:
         self.runner, self.oracle = runner, oracle
         exact = all(weight.dtype == FLOAT32 for weight in runner.weights if weight.layout == "matrix")
         self.dtype = "float32" if exact and runner.kv_dtype == "float32" else "bfloat16"
+        if any(weight.group for weight in runner.weights):
+            self.dtype = "quantised"
         self.report = Report()
         self.worst: dict[str, float] = {}
 

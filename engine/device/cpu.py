@@ -6,6 +6,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine.packed_cache import cached_file, read_cached, write_cached
 if TYPE_CHECKING:
     from engine.layer import Weight
     from engine.plan import Plan, Tensor
+    from engine.quantised import QuantisedMatrix
 
 HUGE_PAGE = 2 << 20
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -144,12 +146,18 @@ class CPUDevice(Device):
             self._pack(weight, [weight.stacked_rows(first, last)], first, last - first)
 
     def _pack_quantised(self, weight: Weight) -> None:
-        for first, last in slices(weight):
-            rows = weight.quantised_rows(first, last)
-            arrays = [np.ascontiguousarray(a) for a in (rows.quants, rows.scales, rows.minimums) if a is not None]
-            pointers = [abi.ffi.cast("void *", abi.address(array)) for array in arrays] + [abi.ffi.NULL]
-            self.library.pack_quantised(*pointers[:3], last - first, weight.shape[1], abi.DTYPE_CODES[weight.dtype],
-                                        weight.group, self._panels(weight, first), self.threads)  # fmt: skip
+        parts = list(slices(weight))
+        with ThreadPoolExecutor(self.threads) as pool:
+            for i in range(0, len(parts), self.threads):  # so many at a time that they take little memory
+                firsts, lasts = zip(*parts[i : i + self.threads], strict=True)
+                for first, rows in zip(firsts, pool.map(weight.quantised_rows, firsts, lasts), strict=True):
+                    self._pack_quants(weight, first, rows)
+
+    def _pack_quants(self, weight: Weight, first: int, rows: QuantisedMatrix) -> None:
+        arrays = [np.ascontiguousarray(a) for a in (rows.quants, rows.scales, rows.minimums) if a is not None]
+        pointers = [abi.ffi.cast("void *", abi.address(array)) for array in arrays] + [abi.ffi.NULL]
+        self.library.pack_quantised(*pointers[:3], *rows.shape, abi.DTYPE_CODES[weight.dtype], weight.group,
+                                    self._panels(weight, first), self.threads)  # fmt: skip
 
     def _panels(self, weight: Weight, row: int) -> Any:
         """The address of the panel that begins with a row."""
