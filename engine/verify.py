@@ -51,15 +51,21 @@ def verify(model: str, token_ids: Sequence[int], gen_len: int = 0, **options: An
         return comparison.report
 
 
+def bounds_of(runner: Runner) -> str:
+    """Which bounds hold for a model."""
+    matrices = [weight for weight in runner.weights if weight.layout == "matrix"]
+    if any(weight.group for weight in matrices):
+        return "quantised"
+    exact = runner.kv_dtype == "float32" and all(weight.dtype == FLOAT32 for weight in matrices)
+    return "float32" if exact else "bfloat16"
+
+
 class Comparison:
     """Two runners of one checkpoint, fed alike."""
 
     def __init__(self, runner: Runner, oracle: Runner) -> None:
         self.runner, self.oracle = runner, oracle
-        exact = all(weight.dtype == FLOAT32 for weight in runner.weights if weight.layout == "matrix")
-        self.dtype = "float32" if exact and runner.kv_dtype == "float32" else "bfloat16"
-        if any(weight.group for weight in runner.weights):
-            self.dtype = "quantised"
+        self.dtype = bounds_of(runner)
         self.report = Report()
         self.worst: dict[str, float] = {}
 
