@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from demo import report
-from demo.console import CONTROLS, drop_output, mutter, open_streams
+from demo.console import CONTROLS, drop_output, enter_ranks, mutter, open_streams
 from demo.options import OptionError, given
 from engine.attention_choice import ATTENTION_KINDS
 
@@ -19,6 +19,7 @@ def run_program(name: str, work: Callable[[], int]) -> int:
     """The exit status of work(). Whatever goes wrong is one line on standard error: 2 for misuse, 1 for a failure."""
     try:
         open_streams()
+        enter_ranks()
         return work()
     except KeyboardInterrupt:
         return INTERRUPTED
