@@ -212,6 +212,77 @@ def test_ranks_that_differ_end_at_the_start(second: list[str], problem: str, tmp
     assert not (tmp_path / "results.npz").exists()
 
 
+CANCELLING = """
+import sys, time
+from engine import LLM, SamplingParams
+from engine.device import Cancelled
+from engine.runner import Runner
+
+replay, stopped = Runner.replay, []
+def counting(self, first, last):
+    try:
+        replay(self, first, last)
+    except Cancelled:
+        stopped.append(first)
+        raise
+Runner.replay = counting
+llm = LLM(sys.argv[1], max_seq_len=1000)
+greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+expected = llm.generate([5, 6, 7], greedy).token_ids
+for i in range(60):
+    stream = llm.stream([i + 1] * 900, greedy)
+    time.sleep(0.0005 * (i % 20))
+    stream.close()
+    assert llm.generate([5, 6, 7], greedy).token_ids == expected
+assert llm.generate([i + 1] * 900, greedy).token_ids == LLM(sys.argv[1], max_seq_len=1000).generate(
+    [i + 1] * 900, greedy).token_ids
+print("stopped", len(stopped))
+"""
+
+
+def test_a_step_is_stopped_on_all_ranks_or_on_none() -> None:
+    status, out, err = finish(start(2, "-c", CANCELLING, str(ROOT / "models" / "tiny-qwen3")))
+    assert status == 0, err
+    assert int(out.split()[1]) > 0, "no step was stopped in its middle"
+
+
+FAILING_REQUESTS = """
+import sys
+import numpy as np
+from engine import LLM, RillError, SamplingParams
+
+llm = LLM(sys.argv[1])
+greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+expected = llm.generate([5, 6, 7], greedy).token_ids
+llm.check_token = lambda token: token
+for prompt in ([5, 10**6, 7], [5, -1], [3] * 40 + [1536]):
+    try:
+        llm.generate(prompt, greedy)
+    except RillError as error:
+        print(error)
+assert llm.generate([5, 6, 7], greedy).token_ids == expected
+norm = next(w for w in llm.runner.weights if w.name == "model.layers.2.self_attn.q_norm.weight")
+norm.storage[...] = np.nan
+try:
+    llm.generate([5, 6, 8], greedy)
+except RillError as error:
+    print(error)
+"""
+
+
+def test_a_request_that_fails_is_its_own_affair() -> None:
+    """NaN appears on rank 0 alone; the sum after it has it on every rank."""
+    status, out, err = finish(start(2, "-c", FAILING_REQUESTS, str(ROOT / "models" / "tiny-qwen3")))
+    assert status == 0, err
+    assert [line.split(";")[0] for line in out.splitlines()] == [
+        "row 1 holds a token id outside the vocabulary",
+        "row 1 holds a token id outside the vocabulary",
+        "row 40 holds a token id outside the vocabulary",
+        "the logits are not finite",
+    ]
+    assert "rmsnorm of model.layers.2.self_attn.q_norm" in out
+
+
 # A rank that is lost.
 
 
