@@ -1,4 +1,8 @@
-"""What a benchmark runs: a method, which stands for a device and its ISA, with a kind of attention and threads."""
+"""What a benchmark runs: a method, which stands for a device and its ISA, with a kind of attention and threads.
+
+`mpi` is `baseline` on all ranks that mpiexec has started, `mpi+avx2` is `avx2` on them; `auto` takes them, too. Any
+other method is rank 0's alone.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +14,46 @@ from typing import Any
 from demo.options import OptionError
 from demo.program import attention_arguments
 from engine import LLM
+from engine.comm import open_comm
 from engine.device.cpu import available_isas
+
+MPI = "mpi"
 
 
 @dataclass(frozen=True)
 class Method:
     """What is asked for; `isa_of` and `LLM.attention` say what came of it."""
 
-    name: str  # "auto", "numpy", or an ISA
+    name: str  # "auto", "numpy", an ISA, "mpi" or "mpi+" and an ISA
     attention: str
     threads: int | None = None
     dtype: str = "auto"
 
-    def device(self) -> dict[str, str]:
+    def device(self) -> dict[str, Any]:
         """LLM's arguments for the name."""
-        if self.name in ("auto", "numpy"):
-            return {"device": self.name}
-        return {"device": "cpu", "isa": self.name}
+        if self.name == "auto":
+            return {"device": "auto"}
+        if self.name == "numpy":
+            return {"device": "numpy", "tp": 1}
+        isa, ranks = self.name.removeprefix(MPI).removeprefix("+") or "baseline", ranks_here()
+        return {"device": "cpu", "isa": isa, "tp": ranks if self.name.startswith(MPI) else 1}
+
+
+def ranks_here() -> int:
+    """How many mpiexec has started."""
+    comm = open_comm()
+    return comm.size if comm else 1
 
 
 def methods(options: argparse.Namespace) -> list[Method]:
     """Every method with every dtype, kind of attention and number of threads; NumPy has its own threads."""
     isas = available_isas()
     known = ["auto", *isas, *(["avx512"] if any(isa.startswith("avx512") for isa in isas) else []), "numpy"]
+    if ranks_here() > 1:
+        known += [MPI, *(f"{MPI}+{isa}" for isa in known if isa not in ("auto", "numpy"))]
     for name in options.method:
+        if name.startswith(MPI) and ranks_here() == 1:
+            raise OptionError(f"--method {name}: there is one rank; mpiexec -n 2 python -m mpi4py -m ... starts two")
         if name not in known:
             raise OptionError(f"--method {name!r}: this machine has {', '.join(known)}")
     chosen = product(options.method, options.dtype, options.attention, options.threads or [None])
@@ -49,7 +69,12 @@ def open_model(options: argparse.Namespace, method: Method, max_seq_len: int, ma
 
 def isa_of(llm: LLM) -> str:
     device: Any = llm.device
-    return str(getattr(device, "isa", device.type))
+    isa = str(getattr(device, "isa", device.type))
+    return f"{MPI}+{isa}" if llm.runner.comm else isa
+
+
+def ranks_of(llm: LLM) -> int:
+    return llm.runner.comm.size if llm.runner.comm else 1
 
 
 def threads_of(llm: LLM) -> int:

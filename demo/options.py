@@ -156,7 +156,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "prompt and reply together; by default 4096, at most the model's own limit")  # fmt: skip
     add("-t", "--threads", type=integer, metavar="N", help="by default one a core")
     add("--device", metavar="NAME", help="auto, cpu or numpy")
-    add("--tp", type=positive, metavar="N", help="how many ranks mpiexec has started; they share each layer")
+    add("--tp", type=positive, metavar="N", help="ranks that share each layer: as many as mpiexec has started, or 1")
     add("--isa", metavar="NAME", help="auto, baseline, avx2, avx512 (the best of its family), ...")
     add("--dtype", metavar="NAME", help="of the weights: auto (as stored) or float32")
     add("--kv-dtype", metavar="NAME", help="of the KV cache: auto, float32, bfloat16, float16 or int8")

@@ -46,7 +46,8 @@ class LLM:
     constant, and of max_seq_len remains how many of the last tokens penalties look at.
 
     Under mpiexec, the ranks share the model (docs/distributed.md), and on all but rank 0 this does not return: they
-    follow rank 0 and end with it. tp: how many ranks there have to be.
+    follow rank 0 and end with it. tp: how many ranks there have to be, or 1: the
+    others have no part in this model.
 
     Raises UsageError for options that cannot be, RillError for files that cannot be used or too little memory.
     """
@@ -79,6 +80,8 @@ class LLM:
         options = Options(str(model), None if tokenizer is None else str(tokenizer), device, isa, attention, dtype,
                           kv_dtype, max_seq_len, max_batch, threads, sink, window, q_block, kv_block, tp)  # fmt: skip
         comm = enter()
+        if tp == 1:
+            comm = None  # rank 0 alone
         with lead(comm, options):
             opened = open_runner(options, comm)
             self.device, choice, files, self.runner = opened.device, opened.choice, opened.files, opened.runner

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.device.cpu import available_isas
 from engine.errors import UsageError
 from engine.split import Columns, Split, rows_of
 from engine.verify import LOGIT_BOUND
@@ -210,6 +211,31 @@ def test_ranks_that_differ_end_at_the_start(second: list[str], problem: str, tmp
     status, _, err = finish(spawn(launch))
     assert status != 0 and problem in err, err
     assert not (tmp_path / "results.npz").exists()
+
+
+def test_verify_and_profile_on_ranks() -> None:
+    model = str(ROOT / "models" / "tiny-qwen3")
+    status, out, err = finish(start(2, "-m", "demo.infer", model, "--verify", "5,6,7,8", "--gen-len", "3"))
+    assert status == 0 and "PASS: 7 tokens, 3 generated" in out, (out, err)
+    status, _, err = finish(start(2, "-m", "demo.infer", model, "--raw", "-p", "Once", "-n", "5", "--profile"))
+    assert status == 0 and "all_reduce" in err and "gather" in err, err
+
+
+def test_methods_of_the_benchmark() -> None:
+    """`mpi` is on all ranks, another method rank 0's alone; their tokens are NumPy's."""
+    methods = "baseline,mpi,mpi+avx2,mpi+avx512" if "avx2" in available_isas() else "baseline,mpi"
+    arguments = ["-m", "demo.benchmark", "--method", methods, "--attention", "standard,flash,streaming"]
+    status, out, err = finish(start(2, *arguments, "--verify", "5,6,7", "--gen-len", "4"))
+    count = 3 * len(methods.split(","))
+    assert status == 0 and f"PASS: {count} of {count} give NumPy's tokens" in out, (out, err)
+    status, out, err = finish(start(2, *arguments[:4], "-p", "16", "-n", "3", "-r", "1", "-o", "json"))
+    assert status == 0, err
+    rows = json.loads(out)
+    assert {row["test"] for row in rows} == {"pp16", "tg3"} and all(row["tokens_per_second"] > 0 for row in rows)
+    assert [row["ranks"] for row in rows] == [1, *[2] * methods.count("mpi")] * 2
+    assert [row["isa"].partition("+")[0] for row in rows[:2]] == ["baseline", "mpi"]
+    status, _, err = finish(spawn([sys.executable, "-m", "demo.benchmark", "--method", "mpi"]))
+    assert status == 2 and "--method mpi: there is one rank" in err
 
 
 CANCELLING = """

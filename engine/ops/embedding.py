@@ -18,7 +18,8 @@ def embedding(
         raise TokenError(f"row {bad[0]} holds a token id outside the vocabulary")
     here = (token >= first_id) & (token < first_id + ids)
     out[~here] = 0
-    out[here] = np.asarray(table[token[here] - first_id], np.float32)
+    if here.any():
+        out[here] = np.asarray(table[token[here] - first_id], np.float32)
 
 
 class Embedding(Layer):
