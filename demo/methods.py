@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from demo.options import OptionError
+from demo.options import OptionError, given
 from demo.program import attention_arguments
 from engine import LLM
 from engine.comm import open_comm
@@ -57,12 +57,22 @@ def methods(options: argparse.Namespace) -> list[Method]:
         if name not in known:
             raise OptionError(f"--method {name!r}: this machine has {', '.join(known)}")
     chosen = product(options.method, options.dtype, options.attention, options.threads or [None])
-    found = [Method(name, kind, None if name == "numpy" else n, dtype) for name, dtype, kind, n in chosen]
+    found = [Method(name, kind, threads_for(name, n, options), dtype) for name, dtype, kind, n in chosen]
     return list(dict.fromkeys(found))
 
 
+def threads_for(name: str, threads: int | None, options: argparse.Namespace) -> int | None:
+    """--rank-threads are those of a rank; one process gets as many as all ranks have."""
+    if name == "numpy":
+        return None
+    if getattr(options, "rank_threads", None) is None:
+        return threads
+    return int(options.rank_threads) * (1 if name.startswith(MPI) else ranks_here())
+
+
 def open_model(options: argparse.Namespace, method: Method, max_seq_len: int, max_batch: int = 1) -> LLM:
-    arguments: dict[str, Any] = {**method.device(), **attention_arguments(options, method.attention)}
+    arguments: dict[str, Any] = {**method.device(), **attention_arguments(options, method.attention),
+                                 **(given(options, ["parallel"]) if "parallel" in options else {})}  # fmt: skip
     return LLM(options.model, dtype=method.dtype, kv_dtype=options.kv_dtype, threads=method.threads,
                max_batch=max_batch, max_seq_len=max_seq_len, **arguments)  # fmt: skip
 

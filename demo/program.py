@@ -15,11 +15,13 @@ from engine.attention_choice import ATTENTION_KINDS
 FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 
-def run_program(name: str, work: Callable[[], int]) -> int:
-    """The exit status of work(). Whatever goes wrong is one line on standard error: 2 for misuse, 1 for a failure."""
+def run_program(name: str, work: Callable[[], int], joins_ranks: bool = True) -> int:
+    """The exit status of work(). Whatever goes wrong is one line on standard error: 2 for misuse, 1 for a failure.
+    joins_ranks: under mpiexec, work is rank 0's; else every rank's."""
     try:
         open_streams()
-        enter_ranks()
+        if joins_ranks:
+            enter_ranks()
         return work()
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -10,6 +10,7 @@ launcher ends the rest; a rank that has nothing to say sends a beat more often t
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import signal
 import sys
@@ -87,6 +88,14 @@ class Comm:
         atexit.register(self.end)
         threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
 
+    def first(self, count: int) -> Comm:
+        """The first so many ranks among themselves; the other ranks, too, get something, which they have no use for."""
+        part = copy.copy(self)
+        part.world = self.world.Split(self.rank >= count, self.rank)
+        part.rank, part.size = int(part.world.rank), int(part.world.size)
+        part.split = Split(part.rank, part.size)
+        return part
+
     def _neighbours(self) -> tuple[int, int]:
         machine = self.world.Split_type(self.mpi.COMM_TYPE_SHARED)
         mine = np.zeros(CPUS, np.uint8)
@@ -100,6 +109,13 @@ class Comm:
     def all_reduce(self, x: np.ndarray) -> None:
         """x becomes the sum of all ranks' x."""
         self._wait(self.world.Iallreduce(self.mpi.IN_PLACE, x))
+
+    def all_gather(self, x: np.ndarray, out: np.ndarray) -> None:
+        """out [rows, ranks · width] becomes all ranks' x [rows, width] side by side."""
+        rows, width = x.shape
+        found = np.empty((self.size, rows, width), x.dtype)
+        self._wait(self.world.Iallgather(np.ascontiguousarray(x), found))
+        out.reshape(rows, self.size, width)[...] = found.swapaxes(0, 1)
 
     def gather(self, x: np.ndarray) -> None:
         """Rank 0 gets the columns of x [rows, width] of which every rank has its part."""

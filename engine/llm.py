@@ -26,6 +26,7 @@ from engine.text.detokenizer import StreamDecoder
 from engine.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32")
+PARALLEL = ("tensor", "allgather")
 PATIENCE = 0.1  # seconds: an unbounded wait would miss a Ctrl-C that comes just before it
 Prompt = str | Sequence[int]
 
@@ -47,7 +48,7 @@ class LLM:
 
     Under mpiexec, the ranks share the model (docs/distributed.md), and on all but rank 0 this does not return: they
     follow rank 0 and end with it. tp: how many ranks there have to be, or 1: the
-    others have no part in this model.
+    others have no part in this model. parallel: "tensor" splits every layer, "allgather" the heads alone.
 
     Raises UsageError for options that cannot be, RillError for files that cannot be used or too little memory.
     """
@@ -71,14 +72,17 @@ class LLM:
         q_block: int | None = None,
         kv_block: int | None = None,
         tp: int | None = None,
+        parallel: str = "tensor",
     ) -> None:
         _choice("dtype", dtype, DTYPES)
+        _choice("parallel", parallel, PARALLEL)
         check_kv_dtype(kv_dtype)
         _positive("max_seq_len", max_seq_len)
         _positive("max_batch", max_batch)
         started = time.perf_counter()
         options = Options(str(model), None if tokenizer is None else str(tokenizer), device, isa, attention, dtype,
-                          kv_dtype, max_seq_len, max_batch, threads, sink, window, q_block, kv_block, tp)  # fmt: skip
+                          kv_dtype, max_seq_len, max_batch, threads, sink, window, q_block, kv_block, tp,
+                          parallel)  # fmt: skip
         comm = enter()
         if tp == 1:
             comm = None  # rank 0 alone

@@ -39,6 +39,7 @@ class Options:
     q_block: int | None
     kv_block: int | None
     tp: int | None
+    parallel: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _open(options: Options, comm: Comm | None) -> Opened:
     runner = Runner(
         files.config, files.checkpoint, device, dtype=options.dtype, kv_dtype=options.kv_dtype, attention=choice,
         max_seq_len=min(options.max_seq_len, files.config.max_position_embeddings), max_batch=options.max_batch,
-        vocab_size=files.vocab_size(), comm=comm,
+        vocab_size=files.vocab_size(), comm=comm, parallel=options.parallel,
     )  # fmt: skip
     return Opened(device, choice, files, runner)
 

@@ -79,6 +79,7 @@ class Runner:
         max_batch: int,
         vocab_size: int,
         comm: Comm | None = None,
+        parallel: str = "tensor",
     ) -> None:
         self.device, self.config, self.attention, self.comm = device, config, attention, comm
         self.split = comm.split if comm else WHOLE
@@ -87,7 +88,8 @@ class Runner:
         self.number = comm.models if comm else 0
         self.kv_heads = len(self.split.part(config.num_key_value_heads))
         self.max_rows = max(MAX_ROWS, max_batch)
-        self.model = Decoder(config, checkpoint, dtype, attention, device, self.split)
+        self.model = Decoder(config, checkpoint, dtype, attention, device,
+                             self.split if parallel == "tensor" else WHOLE, self.split)  # fmt: skip
         self.weights = list(self.model.weights())
         if kv_dtype == "auto":
             kv_dtype = "float32" if self.model.embedding.table.dtype == FLOAT32 else "bfloat16"

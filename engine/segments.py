@@ -47,7 +47,8 @@ class Segments(Program):
         begin = time.perf_counter_ns()
         if int(node.rows.storage[0]) >= LONG_STEP and self.comm.agreed_to_stop():
             raise Cancelled
-        getattr(self.comm, node.op.name)(self.plan.device.view(node.tensors["x"]))
+        arrays = {name: self.plan.device.view(tensor) for name, tensor in node.tensors.items()}
+        getattr(self.comm, node.op.name)(**arrays)
         if times is not None:
             end = time.perf_counter_ns()
             times[0] = begin, end, end

@@ -42,7 +42,8 @@ def verify(model: str, token_ids: Sequence[int], gen_len: int = 0, **options: An
     """
     if not token_ids or gen_len < 0:
         raise UsageError("verify needs at least one token id and a gen_len of at least 0")
-    shared = {k: v for k, v in options.items() if k in ("dtype", "kv_dtype", "attention", "sink", "window", "tp")}
+    alike = ("dtype", "kv_dtype", "attention", "sink", "window", "tp", "parallel")
+    shared = {k: v for k, v in options.items() if k in alike}
     size: dict[str, Any] = {"max_seq_len": len(token_ids) + gen_len, "max_batch": 1}
     with LLM(model, **options, **size) as llm, LLM(model, device="numpy", **shared, **size) as oracle:
         comparison = Comparison(llm.runner, oracle.runner)

@@ -112,6 +112,10 @@ def jobs(directory: Path, ranks: int) -> Iterator[dict[str, Any]]:
         yield {"model": model, "options": {"dtype": "float32"} | window, "prompts": prompts(1536, 1, 100)}
         yield {"model": model, "options": window, "prompts": prompts(1536, 2, 100)}
     yield {"model": model, "options": {"device": "numpy", "dtype": "float32"}, "prompts": prompts(1536, 1, 70)}
+    for kind in ("standard", "flash", "streaming"):
+        options = {"parallel": "allgather", "attention": kind, "dtype": "float32", "max_batch": 2}
+        yield {"model": model, "options": options, "prompts": prompts(1536, 2, 80)}
+    yield {"model": model, "options": window | {"parallel": "allgather"}, "prompts": prompts(1536, 1, 100)}
     for case in (*CASES, *SLIDING_CASES):
         heads, kv_heads = case.config["num_attention_heads"], case.config["num_key_value_heads"]
         if heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0):

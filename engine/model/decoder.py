@@ -12,6 +12,7 @@ from engine.config import ModelConfig
 from engine.device import Device
 from engine.layer import Layer
 from engine.ops.add_rmsnorm import AddRMSNorm
+from engine.ops.all_gather import AllGather
 from engine.ops.all_reduce import AllReduce
 from engine.ops.attention import KINDS
 from engine.ops.embedding import Embedding
@@ -37,6 +38,7 @@ class Parts:
     attention: AttentionChoice
     device: Device
     split: Split
+    heads: Split  # may be split where nothing else is
 
     def norm(self, name: str, width: int, in_place: bool = False) -> RMSNorm:
         weight = self.checkpoint.take(f"{name}.weight", (width,))
@@ -46,12 +48,14 @@ class Parts:
         weight = self.checkpoint.take(f"{name}.weight", (width,))
         return AddRMSNorm(weight, self.config.rms_norm_eps, name, self.device)
 
-    def into_parts(self, prefix: str, outputs: dict[str, int], unit: int, inputs: int, bias: bool) -> Linear:
+    def into_parts(
+        self, split: Split, prefix: str, outputs: dict[str, int], unit: int, inputs: int, bias: bool
+    ) -> Linear:
         """One Linear of several stacked projections: name -> outputs, in units of so many. Of each, a rank makes its
         part."""
         weights = [self.checkpoint.take(f"{prefix}.{name}.weight", (n * unit, inputs)) for name, n in outputs.items()]
         biases = [self.checkpoint.take(f"{prefix}.{name}.bias", (n * unit,)) for name, n in outputs.items() if bias]
-        weights, biases = ([self.split.outputs(source, unit) for source in each] for each in (weights, biases))
+        weights, biases = ([split.outputs(source, unit) for source in each] for each in (weights, biases))
         return Linear(weights, biases, self.dtype, f"{prefix}.{'|'.join(outputs)}", self.device)
 
     def out_of_parts(self, name: str, outputs: int, inputs: int, unit: int, bias: bool) -> Linear:
@@ -62,6 +66,10 @@ class Parts:
 
     def all_reduce(self, name: str) -> AllReduce:
         return AllReduce(self.split, f"{name}.all_reduce", self.device)
+
+    def all_gather(self, name: str) -> AllGather:
+        """Of the heads, where what comes after them is not split as they are."""
+        return AllGather(WHOLE if self.split == self.heads else self.heads, f"{name}.all_gather", self.device)
 
 
 class Angles(NamedTuple):
@@ -80,10 +88,10 @@ class SelfAttention(Layer):
         super().__init__(name, parts.device)
         config, own_window = parts.config, parts.config.sliding_windows[index]
         head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        own_heads, own_kv_heads = len(parts.split.part(heads)), len(parts.split.part(kv_heads))
+        own_heads, own_kv_heads = len(parts.heads.part(heads)), len(parts.heads.part(kv_heads))
         self.q_width, self.kv_width = own_heads * head_dim, own_kv_heads * head_dim
-        self.qkv = parts.into_parts(name, {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, head_dim,
-                                    config.hidden_size, config.qkv_bias)  # fmt: skip
+        self.qkv = parts.into_parts(parts.heads, name, {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads},
+                                    head_dim, config.hidden_size, config.qkv_bias)  # fmt: skip
         self.q_norm = parts.norm(f"{name}.q_norm", head_dim, in_place=True) if config.qk_norm else None
         self.k_norm = parts.norm(f"{name}.k_norm", head_dim, in_place=True) if config.qk_norm else None
         self.rope = RoPE(f"{name}.rope", parts.device, in_place=True)
@@ -93,6 +101,7 @@ class SelfAttention(Layer):
             own_heads, name=f"{name}.attention", device=parts.device,
             **parts.attention.layer_options(own_window),
         )  # fmt: skip
+        self.all_gather = parts.all_gather(name)
         self.output = parts.out_of_parts(f"{name}.o_proj", config.hidden_size, heads, head_dim, config.o_bias)
         self.all_reduce = parts.all_reduce(name)
 
@@ -108,7 +117,7 @@ class SelfAttention(Layer):
         where = step["pos"], step["seq"], pages.page_table
         self.store.forward(k, v, pages.kv, *where, pages.ring)
         attended = self.attention.forward(q, pages.kv, *where, q_sink, pages.ring)
-        return self.all_reduce.forward(self.output.forward(attended))
+        return self.all_reduce.forward(self.output.forward(self.all_gather.forward(attended)))
 
 
 class MLP(Layer):
@@ -117,7 +126,7 @@ class MLP(Layer):
     def __init__(self, parts: Parts, name: str) -> None:
         super().__init__(name, parts.device)
         hidden, width, bias = parts.config.hidden_size, parts.config.intermediate_size, parts.config.mlp_bias
-        self.gate_up = parts.into_parts(name, {"gate_proj": width, "up_proj": width}, 1, hidden, bias)
+        self.gate_up = parts.into_parts(parts.split, name, {"gate_proj": width, "up_proj": width}, 1, hidden, bias)
         self.swiglu = SwiGLU(f"{name}.swiglu", parts.device)
         self.down = parts.out_of_parts(f"{name}.down_proj", hidden, width, 1, bias)
         self.all_reduce = parts.all_reduce(name)
@@ -149,15 +158,16 @@ class Block(Layer):
 
 class Decoder(Layer):
     """Embedding, blocks, norm and logits of a checkpoint. Takes its tensors from the checkpoint by their Hugging Face
-    names and checks their shapes; reads no data until a device loads `weights()`. split: the part of it to hold."""
+    names and checks their shapes; reads no data until a device loads `weights()`. heads: those to hold; split:
+    the part to hold of everything else."""
 
     def __init__(
         self, config: ModelConfig, checkpoint: Checkpoint, dtype: str, attention: AttentionChoice, device: Device,
-        split: Split = WHOLE,
+        split: Split = WHOLE, heads: Split = WHOLE,
     ) -> None:  # fmt: skip
         super().__init__("model", device)
         self.config = config
-        parts = Parts(config, checkpoint, dtype, attention, device, split)
+        parts = Parts(config, checkpoint, dtype, attention, device, split, heads)
         table_shape = (config.vocab_size, config.hidden_size)
         self.embedding = Embedding(checkpoint.take("model.embed_tokens.weight", table_shape), dtype,
                                    "model.embed_tokens", device, split)  # fmt: skip
