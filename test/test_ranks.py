@@ -19,6 +19,7 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.device.cpu import available_isas
 from engine.errors import UsageError
+from engine.machine import available_cores
 from engine.split import Columns, Split, rows_of
 from engine.verify import LOGIT_BOUND
 from tools.golden_cases import CASES, SLIDING_CASES
@@ -240,6 +241,35 @@ def test_methods_of_the_benchmark() -> None:
     assert [row["isa"].partition("+")[0] for row in rows[:2]] == ["baseline", "mpi"]
     status, _, err = finish(spawn([sys.executable, "-m", "demo.benchmark", "--method", "mpi"]))
     assert status == 2 and "--method mpi: there is one rank" in err
+
+
+def test_attention_benchmark(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "demo.benchmark_mpi_attention", "--lengths", "100", "--ranks", "1,2,4", "-r", "1"]
+    status, out, err = finish(spawn([*command, "-o", str(tmp_path / "att")]))
+    assert status == 0, err
+    points = json.loads((tmp_path / "att.json").read_text())["points"]
+    cases = [(T, kind, ranks) for T in (100,) for kind in ("standard", "streaming") for ranks in (1, 2, 4)]
+    assert [(p["T"], p["attention"], p["ranks"]) for p in points] == cases
+    assert all(p["oversubscribed"] == (p["ranks"] > available_cores()) for p in points)
+    by_case = {case: p for case, p in zip(cases, points, strict=True)}
+    for (T, kind, ranks), p in by_case.items():
+        assert p["speed_up"] == by_case[T, kind, 1]["seconds"] / p["seconds"]
+        assert (p["efficiency"] is None) == (ranks == 1)
+        assert (p["against_standard"] is None) == (kind == "standard")
+    assert out.count("\n| 100 |") == 6 and (tmp_path / "att.png").stat().st_size > 10_000
+    status, _, err = finish(spawn([*command, "--heads", "3"]))
+    assert status == 2 and "--ranks 2: cannot share 3 heads on 3" in err
+
+
+def test_the_script_measures_one_process_beside_ranks() -> None:
+    wanted = {"PROMPT_LEN": "16", "ITERS": "1", "METHOD": "baseline", "ATTENTION": "flash", "PYTHON": sys.executable,
+              "MODEL": str(ROOT / "models" / "tiny-llama")}  # fmt: skip
+    status, out, err = finish(spawn(["sh", str(ROOT / "run_mpi_benchmark.sh"), "-n", "2", "-o", "json"], **wanted))
+    assert status == 0, err
+    found = [(row["model"], row["test"], row["isa"], row["ranks"], row["threads"]) for row in json.loads(out)]
+    assert found == [("tiny-llama", test, isa, ranks, 3 - ranks) for test in ("pp16", "tg2")
+                     for isa, ranks in (("baseline", 1), ("mpi+baseline", 2))]  # fmt: skip
 
 
 CANCELLING = """
