@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import copy
 import os
-import signal
 import sys
 import threading
 import time
@@ -135,6 +134,13 @@ class Comm:
 
     # Commands.
 
+    @property
+    def bound(self) -> str:
+        """What to say where the launcher has given ranks of this machine cores of their own."""
+        if self.sharing == self.local or not hasattr(os, "sched_getaffinity"):
+            return ""
+        return f", bound to {len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs by the launcher"
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """What rank 0 does in one piece: a command and what belongs to it."""
@@ -202,7 +208,7 @@ class Comm:
             since = self._waits_since
             if since is not None and time.monotonic() - since > self.patience:
                 self._say(f"another rank has not answered for {self.patience:g} seconds")
-                os.kill(os.getpid(), signal.SIGKILL) if sys.platform == "win32" else os._exit(1)
+                os._exit(1)
 
     def _say(self, message: str) -> None:
         sys.stderr.write(f"rill: rank {self.rank}: {message}\n")

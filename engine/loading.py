@@ -79,7 +79,7 @@ def _open(options: Options, comm: Comm | None) -> Opened:
                          f"mpiexec -n {options.tp} starts as many as that")  # fmt: skip
     device = open_device(options.device, isa=options.isa, threads=options.threads, sharing=comm.sharing if comm else 1)
     if comm:
-        device.description += f" on each of {comm.size} ranks"
+        device.description += f" on each of {comm.size} ranks{comm.bound}"
     choice = choose_attention(options.attention, device, sink=options.sink, window=options.window,
                               q_block=options.q_block, kv_block=options.kv_block)  # fmt: skip
     files = open_model(options.model, options.tokenizer, options.dtype, with_tokenizer=not (comm and comm.rank))

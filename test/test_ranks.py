@@ -23,6 +23,7 @@ from engine.machine import available_cores
 from engine.split import Columns, Split, rows_of
 from engine.verify import LOGIT_BOUND
 from tools.golden_cases import CASES, SLIDING_CASES
+from tools.make_gguf import write_gguf
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install '.[mpi]'")
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,10 @@ def jobs(directory: Path, ranks: int) -> Iterator[dict[str, Any]]:
         options = {"parallel": "allgather", "attention": kind, "dtype": "float32", "max_batch": 2}
         yield {"model": model, "options": options, "prompts": prompts(1536, 2, 80)}
     yield {"model": model, "options": window | {"parallel": "allgather"}, "prompts": prompts(1536, 1, 100)}
+    for kind in ("Q8_0", "F16"):  # decoded as they are read; their q and k have another order of rows
+        file = directory / f"{kind}.gguf"
+        write_gguf(ROOT / "models" / "tiny-llama", file, kind)
+        yield {"model": str(file), "options": {"dtype": "float32"}, "prompts": prompts(1536, 1, 50)}
     for case in (*CASES, *SLIDING_CASES):
         heads, kv_heads = case.config["num_attention_heads"], case.config["num_key_value_heads"]
         if heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0):
@@ -191,6 +196,15 @@ def test_misuse_is_one_line_of_rank_0(ranks: int, arguments: list[str], problem:
     assert [line for line in err.splitlines() if line.startswith("rill: ")] == [
         line for line in err.splitlines() if problem in line
     ], err
+
+
+def test_ranks_that_are_bound_to_cores_of_their_own_say_so() -> None:
+    command = [str(MPIEXEC), "-launcher", "fork", "-iface", "lo", "-bind-to", "core", "-n", "2", sys.executable, "-m",
+               "mpi4py", "-m", "demo.infer", "--raw", "-p", "Once", "-n", "2"]  # fmt: skip
+    status, _, err = finish(spawn(command))
+    assert status == 0, err
+    if available_cores() >= 2:
+        assert "1 threads (one a core) on each of 2 ranks, bound to 1 of" in err
 
 
 def test_tp_without_ranks() -> None:

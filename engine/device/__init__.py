@@ -76,9 +76,9 @@ class Device(ABC):
     def download(self, tensor: Tensor) -> np.ndarray:
         """A copy of the logical array, of a row tensor the rows of the last step."""
 
-    @abstractmethod
     def view(self, tensor: Tensor) -> np.ndarray:
         """A dense tensor in the host's reach, to read and write in place: what ranks exchange."""
+        raise UsageError(f"device {self.type!r}: its memory is out of the ranks' reach")
 
     @abstractmethod
     def share(self, tensor: Tensor, array: np.ndarray) -> None:
