@@ -2,6 +2,7 @@
 
     python -m demo.benchmark MODEL -p 512,2048 -n 128 -d 0,4096 -b 1,8 -t 1,2 --dtype auto,float32 -r 5 -o md
     python -m demo.benchmark MODEL -p 512 --method avx512,avx2 --attention flash,streaming -o json
+    mpiexec -n 2 python -m mpi4py -m demo.benchmark MODEL -p 512 --method avx512,mpi+avx512
     python -m demo.benchmark MODEL --verify 151644,872,198 --gen-len 3 --method baseline,avx2,avx512,numpy
 
 Row `ppP` is a prompt of P tokens, `tgN` are N steps that generate. Each of `batch` sequences has `depth` tokens in the
@@ -80,7 +81,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", dest="named_model", metavar="MODEL", help="the same")
     add("--phase", choices=["prefill", "decode"], help="by default both")
     add("--method", type=listed, default=["auto"], metavar="LIST", help="baseline, avx2, avx512 (the best of its "
-        "family), another ISA by its name, numpy; by default what rill takes")  # fmt: skip
+        "family), another ISA by its name, numpy; mpi, mpi+avx2, ...: on all ranks; by default what rill "
+        "takes")  # fmt: skip
     add_attention(parser)
     add("-p", "--prompt-len", type=lengths, default=[512], metavar="LIST", help="tokens of prompts; by default 512")
     add("-n", "--gen-len", type=positive, metavar="N", help="by default 64, with --verify 3")
@@ -88,8 +90,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("-b", "--batch", type=lengths, default=[1], metavar="LIST", help="sequences at once; by default 1")
     add("-r", "--iters", type=positive, default=5, metavar="N", help="rounds, after one to warm up; by default 5")
     add("-t", "--threads", type=lengths, metavar="LIST")
+    add("--rank-threads", type=positive, metavar="N", help="of each rank; one process gets as many as all ranks")
     add("--dtype", type=listed, default=["auto"], metavar="LIST", help="of the weights, as rill takes it")
     add("--kv-dtype", default="auto")
+    add("--parallel", metavar="NAME", help="what ranks share, as rill takes it")
     add("--load", action="store_true", help="time loading too")
     add("--verify", type=token_ids, metavar="IDS", help="compare the greedy tokens after these ids with NumPy's")
     add("-o", "--output", choices=["md", "csv", "json"], default="md")

@@ -33,6 +33,7 @@ class Row:
     prompt_len: int | None = None
     gen_len: int | None = None
     bytes_per_second: float | None = None
+    ranks: int = 1  # each has so many threads
 
     def line(self) -> str:
         """For the table in Markdown."""
@@ -44,7 +45,8 @@ class Row:
         limit = f"{self.limit / 1e9:.2f} {unit}" if self.limit else ""
         share = f"{self.limit_share:.1%}" if self.limit_share else ""
         depth, batch = ("" if n is None else n for n in (self.depth, self.batch))
-        what = f"{self.model} | {self.dtype} | {self.isa} | {self.attention} | {self.threads} | {batch} | {depth}"
+        threads = f"{self.ranks} × {self.threads}" if self.ranks > 1 else self.threads
+        what = f"{self.model} | {self.dtype} | {self.isa} | {self.attention} | {threads} | {batch} | {depth}"
         return f"| {what} | {self.test} | {rate} | {limit} | {share} |"
 
 

@@ -34,6 +34,14 @@ def open_streams() -> None:
         sys.stdin.reconfigure(encoding="utf-8")
 
 
+def enter_ranks() -> None:
+    """Started by mpiexec, rank 0 goes on; every other rank follows it to its end, and exits."""
+    if "mpi4py" in sys.modules or {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys():
+        from engine.ranks import enter
+
+        enter()
+
+
 def write(text: str) -> None:
     try:
         sys.stdout.write(text)

@@ -18,6 +18,7 @@ from demo.console import (
     ProgressBar,
     drop_output,
     end_interrupted,
+    enter_ranks,
     in_background,
     mutter,
     on_interrupt,
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status. Whatever goes wrong is one line on standard error."""
     try:
         open_streams()
+        enter_ranks()
         return run(parse(argv))
     except KeyboardInterrupt:
         return end_interrupted(INTERRUPTED)

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from demo import report
-from demo.console import CONTROLS, drop_output, mutter, open_streams
+from demo.console import CONTROLS, drop_output, enter_ranks, mutter, open_streams
 from demo.options import OptionError, given
 from engine.attention_choice import ATTENTION_KINDS
 
 FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 
-def run_program(name: str, work: Callable[[], int]) -> int:
-    """The exit status of work(). Whatever goes wrong is one line on standard error: 2 for misuse, 1 for a failure."""
+def run_program(name: str, work: Callable[[], int], joins_ranks: bool = True) -> int:
+    """The exit status of work(). Whatever goes wrong is one line on standard error: 2 for misuse, 1 for a failure.
+    joins_ranks: under mpiexec, work is rank 0's; else every rank's."""
     try:
         open_streams()
+        if joins_ranks:
+            enter_ranks()
         return work()
     except KeyboardInterrupt:
         return INTERRUPTED

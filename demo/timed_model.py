@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from demo.benchmark_rows import Row
-from demo.methods import Method, isa_of, threads_of
+from demo.methods import Method, isa_of, ranks_of, threads_of
 from engine import LLM, SamplingParams, Timings
 from engine.work import Limits, PlanWork, Work, measure_limits
 
@@ -108,7 +108,7 @@ def describe(llm: LLM, method: Method) -> dict[str, Any]:
     stored = llm.runner.model.embedding.table.dtype.name
     return {"model": llm.name, "dtype": stored if method.dtype == "auto" else method.dtype,
             "isa": isa_of(llm), "attention": llm.attention, "threads": threads_of(llm),
-            "kv_dtype": llm.runner.kv_dtype}  # fmt: skip
+            "kv_dtype": llm.runner.kv_dtype, "ranks": ranks_of(llm)}  # fmt: skip
 
 
 def spread(rates: list[float]) -> float:

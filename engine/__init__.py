@@ -8,6 +8,6 @@ from engine.errors import RillError, UsageError
 from engine.llm import LLM, Stream
 from engine.request import Completion, Timings, TokenLogprob
 from engine.sampler import SamplingParams
+from engine.version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "RillError", "SamplingParams", "Stream", "Timings", "TokenLogprob", "UsageError"]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -73,6 +74,16 @@ class StoredTensor:
         data = np.empty((stop - start) * row, np.uint8)
         read_into(self.file, self.offset + start * row, data.data)
         return data
+
+    def columns(self, rows: range, columns: range) -> npt.NDArray[Any]:
+        """Some columns of some rows of a matrix; of each row, only these are read."""
+        row, item = self.nbytes // self.shape[0], STORED_DTYPES[self.dtype].itemsize
+        data = np.empty(len(rows) * len(columns) * item, np.uint8)
+        parts = data.reshape(len(rows), -1)
+        with _opened(self.file) as file:
+            for part, at in zip(parts, rows, strict=True):
+                _fill(file, self.file, self.offset + at * row + columns.start * item, part.data)
+        return self._view(data, (len(rows), len(columns)))
 
     def _view(self, data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         return data.view(STORED_DTYPES[self.dtype]).reshape(shape)
@@ -244,12 +255,23 @@ def signature(file: Path) -> tuple[int, int, int]:
 
 def read_into(file: Path, offset: int, target: memoryview) -> None:
     """Fill `target` with the file's bytes from `offset`; a file that ends early raises RillError."""
+    with _opened(file) as opened:
+        _fill(opened, file, offset, target)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    """The file's descriptor; what goes wrong meanwhile names it."""
     try:
         with file.open("rb", buffering=0) as opened:
-            while len(target):
-                count = os.preadv(opened.fileno(), [target], offset)
-                if not count:
-                    raise RillError(f"{file}: ends {len(target):,} bytes early; has it been cut short?")
-                target, offset = target[count:], offset + count
+            yield opened.fileno()
     except OSError as error:
         raise RillError(f"{file}: cannot be read: {error}") from None
+
+
+def _fill(descriptor: int, file: Path, offset: int, target: memoryview) -> None:
+    while len(target):
+        count = os.preadv(descriptor, [target], offset)
+        if not count:
+            raise RillError(f"{file}: ends {len(target):,} bytes early; has it been cut short?")
+        target, offset = target[count:], offset + count

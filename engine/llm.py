@@ -13,20 +13,21 @@ from typing import Any, overload
 import numpy as np
 
 from engine.abi import LAST_POS
-from engine.attention_choice import choose_attention
-from engine.device import Progress, open_device
-from engine.errors import RillError, UsageError
-from engine.open_model import open_model
+from engine.device import Progress
+from engine.errors import UsageError
+from engine.loading import Options, load, open_runner
 from engine.profile import Profile
 from engine.quantised import format_of
+from engine.ranks import enter, lead
 from engine.request import Completion, Request
-from engine.runner import Runner, check_kv_dtype
+from engine.runner import check_kv_dtype
 from engine.sampler import SamplingParams
 from engine.scheduler import Scheduler
 from engine.text.detokenizer import StreamDecoder
 from engine.text.tokenizer import Tokenizer
 
 DTYPES = ("auto", "float32", "int8", "int4")
+PARALLEL = ("tensor", "allgather")
 PATIENCE = 0.1  # seconds: an unbounded wait would miss a Ctrl-C that comes just before it
 Prompt = str | Sequence[int]
 
@@ -46,6 +47,10 @@ class LLM:
     With attention="streaming", a `window` and perhaps a `sink`, a token sees the last `window` positions and the first
     `sink` only (StreamingLLM: Xiao et al., 2023). Prompts and texts then have no end, memory and time per token stay
     constant, and of max_seq_len remains how many of the last tokens penalties look at.
+
+    Under mpiexec, the ranks share the model (docs/distributed.md), and on all but rank 0 this does not return: they
+    follow rank 0 and end with it. tp: how many ranks there have to be, or 1: the
+    others have no part in this model. parallel: "tensor" splits every layer, "allgather" the heads alone.
 
     Raises UsageError for options that cannot be, RillError for files that cannot be used or too little memory.
     """
@@ -69,43 +74,39 @@ class LLM:
         window: int | None = None,
         q_block: int | None = None,
         kv_block: int | None = None,
+        tp: int | None = None,
+        parallel: str = "tensor",
     ) -> None:
         _choice("dtype", dtype, DTYPES if format_of(dtype) is None else (dtype,))
+        _choice("parallel", parallel, PARALLEL)
         check_kv_dtype(kv_dtype)
         _positive("max_seq_len", max_seq_len)
         _positive("max_batch", max_batch)
         started = time.perf_counter()
-        self.device = open_device(device, isa=isa, threads=threads)
-        choice = choose_attention(attention, self.device, sink=sink, window=window, q_block=q_block, kv_block=kv_block)
-        files = open_model(model, tokenizer, dtype)
+        options = Options(str(model), None if tokenizer is None else str(tokenizer), device, isa, attention, dtype,
+                          kv_dtype, max_seq_len, max_batch, threads, sink, window, q_block, kv_block, tp,
+                          parallel, cache)  # fmt: skip
+        comm = enter()
+        if tp == 1:
+            comm = None  # rank 0 alone
+        with lead(comm, options):
+            opened = open_runner(options, comm)
+            self.device, choice, files, self.runner = opened.device, opened.choice, opened.files, opened.runner
+            started_reading = time.perf_counter()
+            load(opened, comm, cache, progress)
+            self.weights_seconds = time.perf_counter() - started_reading
         checkpoint, self.config, self.generation_config = files.checkpoint, files.config, files.generation_config
         self.name, self.directory = files.name, checkpoint.directory
         self.tokenizer, self._no_tokenizer = files.tokenizer, files.no_tokenizer
         max_seq_len = min(max_seq_len, self.config.max_position_embeddings)
         self.max_seq_len = LAST_POS if choice.is_endless else max_seq_len
         self.eos_ids = self._eos_ids()
-        self.runner = Runner(self.config, checkpoint, self.device, dtype=dtype, kv_dtype=kv_dtype, attention=choice,
-                             max_seq_len=max_seq_len, max_batch=max_batch,
-                             vocab_size=self._vocab_size())  # fmt: skip
         self.attention = choice.name(self.device, self.runner.layers[0].dtype, self.config.head_dim)
         self.attention_why = choice.why
-        started_reading = time.perf_counter()
-        self.runner.load(progress, cache)
-        self.weights_seconds = time.perf_counter() - started_reading
-        checkpoint.finish(ignore=checkpoint.tensors)
         self._scheduler = Scheduler(self.runner, max_batch)
         # Dropping the last reference ends the engine thread; so does leaving the interpreter, before memory goes.
         self._finalizer = weakref.finalize(self, self._scheduler.close)
         self.load_seconds = time.perf_counter() - started
-
-    def _vocab_size(self) -> int:
-        """Ids that may be sampled: the embedding is often padded beyond the tokenizer's last token."""
-        if self.tokenizer is None:
-            return self.config.vocab_size
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise RillError(f"{self.directory}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model's "
-                            f"embedding {self.config.vocab_size}")  # fmt: skip
-        return self.tokenizer.vocab_size
 
     def _eos_ids(self) -> frozenset[int]:
         """All ids that end a text. No single file names them all: a Qwen3 chat ends at <|im_end|> or <|endoftext|>."""

@@ -43,6 +43,8 @@ def cached_file(weights: Sequence[Weight]) -> Path | None:
 
 def _origin(source: Any) -> list[Any]:
     """Which bytes of which state of which file a source is, or what an array holds."""
+    if hasattr(source, "source"):  # a part of another
+        return [type(source).__name__, source.start, source.stop, *_origin(source.source)]
     stored = getattr(source, "stored", source)
     if not hasattr(stored, "file"):
         return [hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest()]

@@ -67,11 +67,12 @@ class Op:
     meaning: Callable[..., None]
     writes: tuple[str, ...]
     struct: str = ""
+    collective: bool = False  # all ranks do it together, by the method of that name of Comm; no device has it
 
 
-def op(*writes: str) -> Callable[[Callable[..., None]], Op]:
+def op(*writes: str, collective: bool = False) -> Callable[[Callable[..., None]], Op]:
     """Makes an Op of its NumPy meaning."""
-    return lambda meaning: Op(meaning.__name__, meaning, writes)
+    return lambda meaning: Op(meaning.__name__, meaning, writes, collective=collective)
 
 
 @dataclass(eq=False)

@@ -12,14 +12,17 @@ from engine import machine
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
 from engine.attention_choice import AttentionChoice
 from engine.checkpoint import Checkpoint
+from engine.comm import BEAT, CLOSE, STEP, Comm
 from engine.config import ModelConfig
-from engine.device import Device, NotFiniteError, Progress
+from engine.device import Cancelled, Device, NotFiniteError, Progress, TokenError
 from engine.errors import RillError, UsageError
 from engine.kvcache import KVCache, cache_tensors, group_layers, pages_of
 from engine.model.decoder import Decoder
 from engine.ops.kv_store import Pages
 from engine.ops.sample import Sample
 from engine.plan import Plan, Tensor, label_of
+from engine.segments import Segments
+from engine.split import WHOLE
 from engine.step import LOGIT_ROWS, Step
 
 MAX_ROWS = 512  # of a step: a prompt takes one pass over the weights for so many tokens
@@ -75,17 +78,25 @@ class Runner:
         max_seq_len: int,
         max_batch: int,
         vocab_size: int,
+        comm: Comm | None = None,
+        parallel: str = "tensor",
     ) -> None:
-        self.device, self.config, self.attention = device, config, attention
+        self.device, self.config, self.attention, self.comm = device, config, attention, comm
+        self.split = comm.split if comm else WHOLE
+        self.split.check(config.num_attention_heads, config.num_key_value_heads,
+                         min(config.intermediate_size, config.vocab_size))  # fmt: skip
+        self.number = comm.models if comm else 0
+        self.kv_heads = len(self.split.part(config.num_key_value_heads))
         self.max_rows = max(MAX_ROWS, max_batch)
-        self.model = Decoder(config, checkpoint, dtype, attention, device)
+        self.model = Decoder(config, checkpoint, dtype, attention, device,
+                             self.split if parallel == "tensor" else WHOLE, self.split)  # fmt: skip
         self.weights = list(self.model.weights())
         if kv_dtype == "auto":
             kv_dtype = "float32" if self.model.embedding.table.dtype == FLOAT32 else "bfloat16"
         self.kv_dtype = kv_dtype
         self.groups = group_layers([attention.policy(own) for own in config.sliding_windows], self.max_rows,
                                    None if attention.is_endless else pages_of(max_seq_len))  # fmt: skip
-        self.page_bytes = config.num_key_value_heads * device.cache_bytes(KV_DTYPES[kv_dtype], config.head_dim)
+        self.page_bytes = self.kv_heads * device.cache_bytes(KV_DTYPES[kv_dtype], config.head_dim)
         self.pages_per_seq = sum(group.entries * len(group.layers) for group in self.groups)  # of all layers
         self.cache_capacity_bytes = max_batch * self.pages_per_seq * self.page_bytes  # the most it can come to take
         self._check_memory()
@@ -97,7 +108,7 @@ class Runner:
 
     def _allot(self, slots: int) -> list[Pages]:
         """Makes the caches, each with its columns of the step's page table. Returns where each layer's pages are."""
-        shape = self.config.num_key_value_heads, self.config.head_dim, KV_DTYPES[self.kv_dtype]
+        shape = self.kv_heads, self.config.head_dim, KV_DTYPES[self.kv_dtype]
         pages: dict[int, Pages] = {}
         start = 0
         for group in self.groups:
@@ -114,8 +125,11 @@ class Runner:
         inputs = self.step.tensors
         self.layers = [each.kv for each in pages]
         self.logits = self.plan.keep(self.model.record(self.step, pages))
-        self.head = len(self.plan.nodes) - 1  # from here on a replay may be repeated for more rows of logits
+        # From here on a replay may be repeated for more rows of logits.
+        self.head = next(i for i, node in enumerate(self.plan.nodes) if node.written[0].owner is self.logits)
         self.plan.keep(self.plan.nodes[self.head].tensors["x"])
+        if self.split.rank:
+            return  # rank 0 samples; the others are told the tokens as rows of the next step
         sample = Sample(vocab_size, name="sample", device=self.device)
         self.sampled = sample.record(self.logits, inputs["sampling"], inputs["history"])
         for tensor in self.sampled:
@@ -147,9 +161,13 @@ class Runner:
         for tensor in self.layers:
             self.device.allocate([tensor])
         self.plan.lower()
+        if self.comm:
+            self.plan.program = Segments(self.plan, self.comm)
 
     def _check_memory(self) -> None:
         free = machine.free_memory()
+        if free is not None and self.comm:
+            free //= self.comm.local
         lower = "sink, window" if self.attention.is_endless else "max_seq_len"
         need = self.weight_bytes + self.cache_capacity_bytes + self._activation_bytes()
         if self.device.type in ("cpu", "numpy") and free is not None and need > free:
@@ -190,9 +208,55 @@ class Runner:
 
     def _replay(self, first: int, with_head: bool, start: int) -> None:
         try:
-            self.plan.run(first, None if with_head else self.head)
+            self.replay(first, len(self.plan.nodes) if with_head else self.head)
         except NotFiniteError as error:
             raise NotFiniteError(start + error.row) from None
+
+    def replay(self, first: int, last: int) -> None:
+        """Replays nodes [first, last) of the plan, on all ranks."""
+        if self.comm is None:
+            self.plan.run(first, last)
+            return
+        with self.comm.turn():
+            self.comm.command(STEP, self.number, first, last)
+            self.follow(first, last)
+
+    def follow(self, first: int, last: int) -> None:
+        """A rank's part in a replay. Raises Cancelled or TokenError on all ranks, NotFiniteError after the last
+        collective; anything else ends them all."""
+        assert self.comm is not None
+        try:
+            self.comm.broadcast(self.step.shared)
+            self.plan.run(first, min(last, len(self.plan.nodes)))
+        except (Cancelled, NotFiniteError, TokenError):
+            raise
+        except BaseException as error:
+            self.comm.fail(error)
+
+    def cancel(self, flag: bool) -> None:
+        """Stops the replay that is running (True), or allows replays again (False). From any thread."""
+        if self.comm:
+            self.comm.stopped = flag
+        else:
+            self.device.cancel(flag)
+
+    @property
+    def beat_seconds(self) -> float | None:
+        """How long the ranks may go without a step before they need a beat; None where there is one rank."""
+        return self.comm.patience / 4 if self.comm else None
+
+    def beat(self) -> None:
+        """Lets every rank know that the others are alive."""
+        if self.comm:
+            with self.comm.turn():
+                self.comm.command(BEAT)
+                self.comm.beat()
+
+    def close(self) -> None:
+        """Tells the other ranks that this model is not used any more."""
+        if self.comm and not self.comm.ended:
+            with self.comm.turn():
+                self.comm.command(CLOSE, self.number)
 
     def _collect(self, wants: Sequence[Want]) -> list[Sampled]:
         if not wants:
@@ -208,14 +272,14 @@ class Runner:
     def first_not_finite(self, rows: range) -> str:
         """Replays the last step node by node; names the first node whose output for these rows is not finite."""
         for i, node in enumerate(self.plan.nodes[: self.head + 1]):
-            self.plan.run(i, i + 1)
+            self.replay(i, i + 1)
             if any(self._not_finite(tensor, rows) for tensor in node.written):
                 return label_of(self.plan.nodes, i)
         return "no node: it did not happen again"
 
     def _not_finite(self, tensor: Tensor, rows: range) -> bool:
         if tensor.rows is not self.step.tensors["rows"]:
-            return tensor is self.logits
+            return tensor.owner is self.logits
         return not np.isfinite(self.device.download(tensor)[rows.start : rows.stop]).all()
 
 

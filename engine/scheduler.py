@@ -63,7 +63,7 @@ class Scheduler:
         """Ends requests at once, wherever they are; others go on unharmed. Takes no lock: signal handlers call it."""
         for request in requests:
             request.cancelled = True  # before the flag: the engine clears the flag first, then looks for these
-        self.runner.device.cancel(True)
+        self.runner.cancel(True)
 
     def close(self) -> None:
         """Cancels all requests and waits for the engine thread to end."""
@@ -72,7 +72,7 @@ class Scheduler:
         with self.changed:
             self.closed = True
             self.changed.notify()
-        self.runner.device.cancel(True)
+        self.runner.cancel(True)
         if threading.current_thread() is not self.thread:
             self.thread.join()
 
@@ -89,17 +89,20 @@ class Scheduler:
                 self.budget = max(SMALLEST_BUDGET, len(self.cached), self.budget // 2)
             except BaseException as error:  # whatever it is, callers must not wait for ever
                 self._fail(list(self.running), error)
+        self.runner.close()
 
     def _wait(self) -> bool:
         with self.changed:
-            self.changed.wait_for(lambda: self.waiting or self.running or self.closed)
+            while not self.changed.wait_for(lambda: self.waiting or self.running or self.closed,
+                                            self.runner.beat_seconds):  # fmt: skip
+                self.runner.beat()
             return bool(self.waiting or self.running)
 
     def _step(self) -> None:
         profile = self.runner.plan.profile
         if profile:
             profile.begin_step()
-        self.runner.device.cancel(False)
+        self.runner.cancel(False)
         self._drop_cancelled()
         self._admit()
         if not self.running:

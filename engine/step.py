@@ -44,9 +44,11 @@ class Step:
     rows, logit_rows [1]        how many rows, and how many of them want logits in this replay
     token, pos, seq [max_rows]  per row; seq is a slot of the cache
     row_index [LOGIT_ROWS]      which rows want logits
-    sampling [LOGIT_ROWS]       what their logits are for (struct sampling of abi.h)
     page_table [slots, pages]   pages of each slot's sequence: side by side, the table of each group of layers
+    sampling [LOGIT_ROWS]       what the logits are for (struct sampling of abi.h)
     history                     tokens of each slot's sequence, at most `reach` (class History)
+
+    `shared` are the bytes of all but the last two: what every rank has to know. Sampling is rank 0's.
     """
 
     def __init__(self, device: Device, plan: Plan, max_rows: int, slots: int, pages: int, reach: int = 0) -> None:
@@ -54,8 +56,8 @@ class Step:
         layout = {
             "rows": ((1,), int32), "logit_rows": ((1,), int32),
             "token": ((max_rows,), int32), "pos": ((max_rows,), int32), "seq": ((max_rows,), int32),
-            "row_index": ((LOGIT_ROWS,), int32), "sampling": ((LOGIT_ROWS,), struct_dtype("sampling")),
-            "page_table": ((slots, pages), int32), "history": ((slots * 2 * reach,), int32),
+            "row_index": ((LOGIT_ROWS,), int32), "page_table": ((slots, pages), int32),
+            "sampling": ((LOGIT_ROWS,), struct_dtype("sampling")), "history": ((slots * 2 * reach,), int32),
         }  # fmt: skip
         self.max_rows = max_rows
         sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in layout.items()}
@@ -63,6 +65,7 @@ class Step:
         unaligned = np.zeros(offsets[-1] + 64, np.uint8)
         start = -unaligned.__array_interface__["data"][0] % 64
         self.buffer = unaligned[start : start + offsets[-1]]
+        self.shared = self.buffer[: offsets[list(layout).index("sampling")]]
         self.tensors: dict[str, Tensor] = {}
         self.arrays: dict[str, np.ndarray] = {}
         counts = {"token": "rows", "pos": "rows", "seq": "rows", "row_index": "logit_rows", "sampling": "logit_rows"}

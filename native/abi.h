@@ -52,13 +52,14 @@ struct node_times {
 int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch,
                  struct node_times *times);
 
-/* out[r] = row token[r] of the table. table: packed [vocab_size, width]. */
+/* out[r] = row token[r] of a table [vocab_size, width], of which `ids` rows from first_id on are here: zeros where it
+ * is another. table: packed [ids, width]. */
 struct embedding {
     const int32_t *rows;
     const int32_t *token;
     const void *table;
     float *out;
-    int32_t table_dtype, table_group, out_width, vocab_size;
+    int32_t table_dtype, table_group, out_width, vocab_size, first_id, ids;
 };
 void embedding(const struct embedding *op, struct worker *me);
 

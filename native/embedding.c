@@ -32,7 +32,12 @@ void embedding(const struct embedding *op, struct worker *me)
             fail(me, STATUS_TOKEN, (int32_t)r);
             return;
         }
-        unpack_row(op->table, op->table_dtype, op->table_group, op->out_width, token, op->out + r * op->out_width);
+        float *out = op->out + r * op->out_width;
+        int32_t row = token - op->first_id;
+        if (row >= 0 && row < op->ids)
+            unpack_row(op->table, op->table_dtype, op->table_group, op->out_width, row, out);
+        else
+            memset(out, 0, (size_t)op->out_width * sizeof *out);
     }
 }
 

@@ -24,7 +24,8 @@ def test_every_row_of_tables_of_every_shape(dtype: np.dtype) -> None:
             layer, bench = Embedding(table, device=device), Bench(device, rows=len(ids))
             out = bench.row_input(np.full((len(ids), hidden), np.nan, np.float32))
             token = bench.row_input(ids)
-            bench.record(embedding, token=token, table=layer.table, out=out, vocab_size=vocab_size)
+            bench.record(embedding, token=token, table=layer.table, out=out, vocab_size=vocab_size, first_id=0,
+                         ids=vocab_size)  # fmt: skip
             bench.run()
             what = (device.description, hidden, vocab_size)
             assert_same_bits(bench.result(out), table[ids].astype(np.float32), what)
@@ -40,6 +41,19 @@ def test_every_half_precision_number() -> None:
         for device in devices():
             out = Embedding(table, device=device).forward(ids)
             assert_same_bits(out, table.astype(np.float32), (device.description, str(dtype)))
+
+
+def test_a_part_of_the_table_gives_zeros_for_other_ids() -> None:
+    table, ids = normal(np.random.default_rng(3), 40, 9), np.array([0, 12, 13, 39, 26, 27, 25], np.int32)
+    for device in devices():
+        for first, stop in ((0, 13), (13, 27), (27, 40)):
+            layer, bench = Embedding(table[first:stop], device=device), Bench(device, rows=len(ids))
+            out = bench.row_input(np.full((len(ids), 9), np.nan, np.float32))
+            bench.record(embedding, token=bench.row_input(ids), table=layer.table, out=out, vocab_size=40,
+                         first_id=first, ids=stop - first)  # fmt: skip
+            bench.run()
+            here = ((ids >= first) & (ids < stop))[:, None]
+            assert_same_bits(bench.result(out), np.where(here, table[ids], np.float32(0)), (device.description, first))
 
 
 def test_widened_once() -> None:

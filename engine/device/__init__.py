@@ -78,6 +78,10 @@ class Device(ABC):
     def download(self, tensor: Tensor) -> np.ndarray:
         """A copy of the logical array, of a row tensor the rows of the last step."""
 
+    def view(self, tensor: Tensor) -> np.ndarray:
+        """A dense tensor in the host's reach, to read and write in place: what ranks exchange."""
+        raise UsageError(f"device {self.type!r}: its memory is out of the ranks' reach")
+
     @abstractmethod
     def share(self, tensor: Tensor, array: np.ndarray) -> None:
         """Makes a tensor of an array that the host goes on writing into between replays: the step."""
@@ -100,13 +104,16 @@ def device_types() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
 
 
-def open_device(type: str = "auto", *, isa: str = "auto", threads: int | None = None) -> Device:
-    """Opens a device. "auto" is the CPU, or NumPy where the native libraries have not been built."""
+def open_device(type: str = "auto", *, isa: str = "auto", threads: int | None = None, sharing: int = 1) -> Device:
+    """Opens a device. "auto" is the CPU, or NumPy where the native libraries have not been built. sharing: processes
+    that run on these cores, this one included."""
     if type == "auto":
         type = _best_type()
     if type not in device_types():
         raise UsageError(f"device {type!r}: expected auto or one of {', '.join(device_types())}")
-    device: Any = importlib.import_module(f"engine.device.{type}").open(isa=isa, threads=threads)
+    device: Any = importlib.import_module(f"engine.device.{type}").open(
+        isa=isa, threads=threads, **({"sharing": sharing} if sharing > 1 else {})
+    )
     return device
 
 

@@ -55,8 +55,9 @@ def choose_isa(wanted: str) -> tuple[str, str]:
     return wanted, why
 
 
-def choose_threads(wanted: int | None) -> tuple[int, str]:
-    """How many threads and why. OMP_NUM_THREADS stands below an explicit choice."""
+def choose_threads(wanted: int | None, sharing: int = 1) -> tuple[int, str]:
+    """How many threads and why, where so many processes share the cores. OMP_NUM_THREADS stands below an explicit
+    choice."""
     if wanted is not None:
         if not 1 <= wanted <= 1024:
             raise UsageError(f"threads {wanted}: expected 1 to 1024")
@@ -64,12 +65,16 @@ def choose_threads(wanted: int | None) -> tuple[int, str]:
     from_environment = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if from_environment.isdecimal() and int(from_environment) > 0:
         return min(int(from_environment), 1024), "from OMP_NUM_THREADS"
-    return machine.available_cores(), "one a core"
+    cores = machine.available_cores()
+    if sharing == 1:
+        return cores, "one a core"
+    oversubscribed = ": oversubscribed" if sharing > cores else ""
+    return max(1, cores // sharing), f"{sharing} ranks share {cores} cores{oversubscribed}"
 
 
-def open(isa: str, threads: int | None) -> CPUDevice:
+def open(isa: str, threads: int | None, sharing: int = 1) -> CPUDevice:
     chosen, why = choose_isa(isa)
-    count, why_count = choose_threads(threads)
+    count, why_count = choose_threads(threads, sharing)
     device = CPUDevice(chosen, count)
     device.description = f"{chosen} ({why}), {count} threads ({why_count})"
     return device
@@ -136,7 +141,7 @@ class CPUDevice(Device):
             weight.storage[...] = np.concatenate([part.astype(weight.dtype) for part in parts])
         elif weight.group:
             self._pack_quantised(weight)
-        elif any(hasattr(source, "block") for source in weight.sources):
+        elif any(hasattr(source, "rows") and not hasattr(source, "file") for source in weight.sources):
             self._pack_decoded(weight)
         else:
             self._pack(weight, weight.sources, 0, weight.shape[0])
@@ -227,12 +232,13 @@ class CPUDevice(Device):
     def download(self, tensor: Tensor) -> Any:
         if tensor.layout == "matrix":
             return PackedMatrix(self, tensor)
-        if tensor.layout == "cache":
-            return unpack_cache(tensor)
+        return unpack_cache(tensor) if tensor.layout == "cache" else self.view(tensor).copy()
+
+    def view(self, tensor: Tensor) -> np.ndarray:
         array = tensor.owner.storage
         if tensor.base:
             array = array[..., tensor.column : tensor.column + tensor.width]
-        return array[: int(tensor.rows.storage[0])].copy() if tensor.rows else array.copy()
+        return array[: int(tensor.rows.storage[0])] if tensor.rows else array
 
     def pointer(self, tensor: Tensor) -> Any:
         return abi.ffi.cast("void *", abi.address(tensor.owner.storage) + tensor.column * tensor.dtype.itemsize)
@@ -276,10 +282,12 @@ class NativeProgram(Program):
     def __init__(self, device: CPUDevice, plan: Plan) -> None:
         self.device = device
         library, ffi = device.library, abi.ffi
-        self.structs = [abi.fill_struct(node, device.pointer) for node in plan.nodes]  # keeps them alive
+        own = [(i, node) for i, node in enumerate(plan.nodes) if not node.op.collective]
+        self.structs = [abi.fill_struct(node, device.pointer) for _, node in own]  # keeps them alive
         self.nodes = ffi.new("struct node[]", max(1, len(plan.nodes)))
         scratch = 1
-        for entry, node, struct in zip(self.nodes, plan.nodes, self.structs, strict=False):
+        for (i, node), struct in zip(own, self.structs, strict=True):
+            entry = self.nodes[i]
             entry.run = ffi.cast(entry_type(), ffi.addressof(library, node.op.name))
             entry.op = struct
             if measure := getattr(library, f"{node.op.name}_scratch", None):

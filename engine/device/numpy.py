@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.plan import Node, Plan, Tensor
 
 
-def open(isa: str, threads: int | None) -> NumPyDevice:
+def open(isa: str, threads: int | None, sharing: int = 1) -> NumPyDevice:
     """NumPy's own BLAS chooses instructions and threads."""
     if isa != "auto":
         raise UsageError(f"isa {isa!r}: the numpy device has none to choose")

@@ -12,6 +12,8 @@ from engine.config import ModelConfig
 from engine.device import Device
 from engine.layer import Layer
 from engine.ops.add_rmsnorm import AddRMSNorm
+from engine.ops.all_gather import AllGather
+from engine.ops.all_reduce import AllReduce
 from engine.ops.attention import KINDS
 from engine.ops.embedding import Embedding
 from engine.ops.kv_store import KVStore, Pages
@@ -22,6 +24,7 @@ from engine.ops.rope import RoPE
 from engine.ops.rope_angles import RoPEAngles
 from engine.ops.swiglu import SwiGLU
 from engine.plan import Tensor
+from engine.split import WHOLE, Split
 from engine.step import Step
 
 
@@ -34,6 +37,8 @@ class Parts:
     dtype: str
     attention: AttentionChoice
     device: Device
+    split: Split
+    heads: Split  # may be split where nothing else is
 
     def norm(self, name: str, width: int, in_place: bool = False) -> RMSNorm:
         weight = self.checkpoint.take(f"{name}.weight", (width,))
@@ -43,11 +48,28 @@ class Parts:
         weight = self.checkpoint.take(f"{name}.weight", (width,))
         return AddRMSNorm(weight, self.config.rms_norm_eps, name, self.device)
 
-    def linear(self, prefix: str, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
-        """One Linear of several stacked projections: name -> outputs."""
-        weights = [self.checkpoint.take(f"{prefix}.{name}.weight", (n, inputs)) for name, n in outputs.items()]
-        biases = [self.checkpoint.take(f"{prefix}.{name}.bias", (n,)) for name, n in outputs.items() if bias]
+    def into_parts(
+        self, split: Split, prefix: str, outputs: dict[str, int], unit: int, inputs: int, bias: bool
+    ) -> Linear:
+        """One Linear of several stacked projections: name -> outputs, in units of so many. Of each, a rank makes its
+        part."""
+        weights = [self.checkpoint.take(f"{prefix}.{name}.weight", (n * unit, inputs)) for name, n in outputs.items()]
+        biases = [self.checkpoint.take(f"{prefix}.{name}.bias", (n * unit,)) for name, n in outputs.items() if bias]
+        weights, biases = ([split.outputs(source, unit) for source in each] for each in (weights, biases))
         return Linear(weights, biases, self.dtype, f"{prefix}.{'|'.join(outputs)}", self.device)
+
+    def out_of_parts(self, name: str, outputs: int, inputs: int, unit: int, bias: bool) -> Linear:
+        """A Linear of which a rank has the inputs that it has made. What it gives is to be summed over all ranks."""
+        weight = self.split.inputs(self.checkpoint.take(f"{name}.weight", (outputs, inputs * unit)), unit)
+        biases = [self.checkpoint.take(f"{name}.bias", (outputs,))] if bias else []
+        return Linear([weight], self.split.once(biases), self.dtype, name, self.device)
+
+    def all_reduce(self, name: str) -> AllReduce:
+        return AllReduce(self.split, f"{name}.all_reduce", self.device)
+
+    def all_gather(self, name: str) -> AllGather:
+        """Of the heads, where what comes after them is not split as they are."""
+        return AllGather(WHOLE if self.split == self.heads else self.heads, f"{name}.all_gather", self.device)
 
 
 class Angles(NamedTuple):
@@ -59,26 +81,29 @@ class Angles(NamedTuple):
 
 
 class SelfAttention(Layer):
-    """q, k, v of the input; norms of the heads where the model has them; rotation; cache; attention; output."""
+    """q, k, v of the input; norms of the heads where the model has them; rotation; cache; attention; output. A rank has
+    some of the heads."""
 
     def __init__(self, parts: Parts, name: str, index: int) -> None:
         super().__init__(name, parts.device)
         config, own_window = parts.config, parts.config.sliding_windows[index]
-        head_dim = config.head_dim
-        self.q_width = config.num_attention_heads * head_dim
-        self.kv_width = config.num_key_value_heads * head_dim
-        self.qkv = parts.linear(name, {"q_proj": self.q_width, "k_proj": self.kv_width, "v_proj": self.kv_width},
-                                config.hidden_size, config.qkv_bias)  # fmt: skip
+        head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        own_heads, own_kv_heads = len(parts.heads.part(heads)), len(parts.heads.part(kv_heads))
+        self.q_width, self.kv_width = own_heads * head_dim, own_kv_heads * head_dim
+        self.qkv = parts.into_parts(parts.heads, name, {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads},
+                                    head_dim, config.hidden_size, config.qkv_bias)  # fmt: skip
         self.q_norm = parts.norm(f"{name}.q_norm", head_dim, in_place=True) if config.qk_norm else None
         self.k_norm = parts.norm(f"{name}.k_norm", head_dim, in_place=True) if config.qk_norm else None
         self.rope = RoPE(f"{name}.rope", parts.device, in_place=True)
         self.sink_rope = RoPE(f"{name}.sink_rope", parts.device)
         self.store = KVStore(f"{name}.kv_store", parts.device)
         self.attention = KINDS[parts.attention.kind](
-            config.num_attention_heads, name=f"{name}.attention", device=parts.device,
+            own_heads, name=f"{name}.attention", device=parts.device,
             **parts.attention.layer_options(own_window),
         )  # fmt: skip
-        self.output = parts.linear(name, {"o_proj": config.hidden_size}, self.q_width, config.o_bias)
+        self.all_gather = parts.all_gather(name)
+        self.output = parts.out_of_parts(f"{name}.o_proj", config.hidden_size, heads, head_dim, config.o_bias)
+        self.all_reduce = parts.all_reduce(name)
 
     def record(self, x: Tensor, angles: Angles, pages: Pages, step: dict[str, Tensor]) -> Tensor:
         qkv = self.qkv.forward(x)  # [rows, q | k | v]
@@ -91,21 +116,23 @@ class SelfAttention(Layer):
         self.rope.forward(qkv.columns(0, self.q_width + self.kv_width), angles.own)
         where = step["pos"], step["seq"], pages.page_table
         self.store.forward(k, v, pages.kv, *where, pages.ring)
-        return self.output.forward(self.attention.forward(q, pages.kv, *where, q_sink, pages.ring))
+        attended = self.attention.forward(q, pages.kv, *where, q_sink, pages.ring)
+        return self.all_reduce.forward(self.output.forward(self.all_gather.forward(attended)))
 
 
 class MLP(Layer):
-    """down(silu(gate · x) · (up · x))."""
+    """down(silu(gate · x) · (up · x)). A rank has some of the neurons."""
 
     def __init__(self, parts: Parts, name: str) -> None:
         super().__init__(name, parts.device)
         hidden, width, bias = parts.config.hidden_size, parts.config.intermediate_size, parts.config.mlp_bias
-        self.gate_up = parts.linear(name, {"gate_proj": width, "up_proj": width}, hidden, bias)
+        self.gate_up = parts.into_parts(parts.split, name, {"gate_proj": width, "up_proj": width}, 1, hidden, bias)
         self.swiglu = SwiGLU(f"{name}.swiglu", parts.device)
-        self.down = parts.linear(name, {"down_proj": hidden}, width, bias)
+        self.down = parts.out_of_parts(f"{name}.down_proj", hidden, width, 1, bias)
+        self.all_reduce = parts.all_reduce(name)
 
     def record(self, x: Tensor) -> Tensor:
-        return self.down.forward(self.swiglu.forward(self.gate_up.forward(x)))
+        return self.all_reduce.forward(self.down.forward(self.swiglu.forward(self.gate_up.forward(x))))
 
 
 class Block(Layer):
@@ -131,17 +158,19 @@ class Block(Layer):
 
 class Decoder(Layer):
     """Embedding, blocks, norm and logits of a checkpoint. Takes its tensors from the checkpoint by their Hugging Face
-    names and checks their shapes; reads no data until a device loads `weights()`."""
+    names and checks their shapes; reads no data until a device loads `weights()`. heads: those to hold; split:
+    the part to hold of everything else."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, dtype: str, attention: AttentionChoice, device: Device
-    ) -> None:
+        self, config: ModelConfig, checkpoint: Checkpoint, dtype: str, attention: AttentionChoice, device: Device,
+        split: Split = WHOLE, heads: Split = WHOLE,
+    ) -> None:  # fmt: skip
         super().__init__("model", device)
         self.config = config
-        parts = Parts(config, checkpoint, dtype, attention, device)
+        parts = Parts(config, checkpoint, dtype, attention, device, split, heads)
         table_shape = (config.vocab_size, config.hidden_size)
         self.embedding = Embedding(checkpoint.take("model.embed_tokens.weight", table_shape), dtype,
-                                   "model.embed_tokens", device)  # fmt: skip
+                                   "model.embed_tokens", device, split)  # fmt: skip
         rotation = config.rope.inv_freq(config.head_dim), config.rope.attention_scaling()
         self.angles = RoPEAngles(*rotation, "model.rope", device)
         self.sink_angles = None
@@ -153,9 +182,9 @@ class Decoder(Layer):
             checkpoint.finish(ignore=["lm_head.weight"])
             head = self.embedding.table
         else:
-            head = Embedding(checkpoint.take("lm_head.weight", table_shape), dtype, "lm_head", device).table
+            head = Embedding(checkpoint.take("lm_head.weight", table_shape), dtype, "lm_head", device, split).table
             checkpoint.finish()
-        self.logits = Logits(head, "lm_head", device)
+        self.logits = Logits(head, "lm_head", device, split, config.vocab_size)
 
     def record(self, step: Step, cache: Sequence[Pages]) -> Tensor:
         """Records the whole model over the pages of each layer. Returns the logits [logit rows, vocab_size]."""

@@ -1,0 +1,142 @@
+"""How ranks share a model: tensor parallelism (Megatron-LM: Shoeybi et al., 2019).
+
+Where one matrix follows another, y = B · f(A · x), the first is split by its outputs and the second by its inputs. A
+rank that holds some rows of A and those columns of B computes f of its part alone, and the sum over all ranks of what
+comes out of B is y. So attention takes one sum (A is q, k and v, of whole heads; B the output) and so does the MLP (A
+is gate and up, B is down). The vocabulary is split by ids: a rank looks up those that it holds, and makes their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from engine.checkpoint import StoredTensor
+from engine.errors import UsageError
+from engine.layer import format_in
+from engine.quantised import Format, QuantisedMatrix
+
+MOST_RANKS = 1024  # that an error message tries out
+
+
+@dataclass(frozen=True)
+class Split:
+    """The part of a model that rank `rank` of `ranks` holds. Alone, it holds everything."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def part(self, count: int) -> range:
+        """This rank's heads, neurons or ids of `count`. Where ranks outnumber KV heads, neighbours hold the same."""
+        first = self.rank * count // self.ranks
+        return range(first, max(first + 1, (self.rank + 1) * count // self.ranks))
+
+    def outputs(self, source: Any, unit: int = 1) -> Any:
+        """This rank's rows of a matrix or of a bias: of whole units of so many."""
+        if self.ranks == 1:
+            return source
+        part = self.part(source.shape[0] // unit)
+        return rows_of(source, part.start * unit, part.stop * unit)
+
+    def inputs(self, source: Any, unit: int = 1) -> Any:
+        """This rank's columns of a matrix."""
+        if self.ranks == 1:
+            return source
+        part = self.part(source.shape[1] // unit)
+        return Columns(source, part.start * unit, part.stop * unit)
+
+    def once(self, sources: Sequence[Any]) -> Sequence[Any]:
+        """Biases of what is summed over the ranks: one rank adds them."""
+        return sources if self.rank == 0 else ()
+
+    def check(self, heads: int, kv_heads: int, least: int) -> None:
+        """Raises UsageError where the ranks cannot share so many heads, or have less than one each of anything else,
+        of which there are at least `least`."""
+
+        def fits(ranks: int) -> bool:
+            return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0) and ranks <= least
+
+        if not fits(self.ranks):
+            numbers = ", ".join(str(n) for n in range(1, min(heads, MOST_RANKS) + 1) if fits(n))
+            raise UsageError(f"{self.ranks} ranks cannot share {heads} heads on {kv_heads} of keys and values: "
+                             f"expected {numbers}")  # fmt: skip
+
+
+WHOLE = Split()
+
+
+def rows_of(source: Any, start: int, stop: int) -> Any:
+    """Rows [start, stop) of a source. Those of a plain stored tensor are one again, at another place of its file."""
+    if isinstance(source, StoredTensor):
+        row = source.nbytes // source.shape[0]
+        return replace(source, shape=(stop - start, *source.shape[1:]), offset=source.offset + start * row,
+                       nbytes=(stop - start) * row)  # fmt: skip
+    return Rows(source, start, stop) if hasattr(source, "rows") else source[start:stop]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a source that is decoded as it is read."""
+
+    source: Any
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return str(self.source.name)
+
+    @property
+    def dtype(self) -> Any:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stop - self.start, *self.source.shape[1:]
+
+    @property
+    def format(self) -> Format | None:
+        return format_in(self.source)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return np.asarray(self.source.rows(self.start + start, self.start + stop))
+
+    def quantised_rows(self, start: int, stop: int) -> QuantisedMatrix:
+        found: QuantisedMatrix = self.source.quantised_rows(self.start + start, self.start + stop)
+        return found
+
+    def read(self) -> np.ndarray:
+        return self.rows(0, self.shape[0])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of a matrix. Of a plain stored tensor, nothing else is read."""
+
+    source: Any
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return str(self.source.name)
+
+    @property
+    def dtype(self) -> Any:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape[0], self.stop - self.start
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        if isinstance(self.source, StoredTensor):
+            return self.source.columns(range(start, stop), range(self.start, self.stop))
+        whole = self.source.rows(start, stop) if hasattr(self.source, "rows") else np.asarray(self.source)[start:stop]
+        return np.asarray(whole)[:, self.start : self.stop]
+
+    def read(self) -> np.ndarray:
+        return self.rows(0, self.shape[0])
