@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from emulated_cuda import emulated_devices
 
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
 from engine.device import Device, open_device
@@ -44,17 +45,19 @@ def isa_pairs() -> tuple[tuple[Device, Device], ...]:
 
 @cache
 def devices() -> tuple[Device, ...]:
-    """NumPy, and the CPU with every ISA on one thread: that two give the same bits is tested apart."""
-    return (open_device("numpy"), *(one for one, _ in isa_pairs()))
+    """NumPy, the CPU with every ISA on one thread (that two give the same bits is tested apart), a GPU in emulation."""
+    return (open_device("numpy"), *cpu_devices(), *emulated_devices())
 
 
+@cache
 def cpu_devices() -> tuple[Device, ...]:
-    return devices()[1:]
+    return tuple(one for one, _ in isa_pairs())
 
 
 def rounds_to_bf16(device: Device, dtype: np.dtype) -> bool:
-    """Whether the other operand of bf16 weights or caches is rounded to bf16: the bf16 dot instruction."""
-    return getattr(device, "isa", "") in ("avx512_bf16", "avx512_amx") and dtype == BFLOAT16
+    """Whether the other operand of bf16 weights or caches is rounded to bf16: the bf16 dot instruction, tensor cores."""
+    rounds = device.type == "cuda" or getattr(device, "isa", "") in ("avx512_bf16", "avx512_amx")
+    return rounds and dtype == BFLOAT16
 
 
 def error_limit(device: Device, dtype: np.dtype) -> float:

@@ -1,0 +1,96 @@
+"""How each op is launched on a GPU: kernels, blocks, threads, scratch. A function for each op, by its name.
+
+Each gets the op's argument struct and how many rows there are, and gives the launches in order. Kernels read the number
+of rows from the step, so that a launch for many rows serves fewer, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine import abi
+
+
+def _header() -> str:
+    """launch.h: in native/cuda in a checkout, beside the kernels where the package is installed."""
+    checkout = Path(__file__).parent.parent / "native" / "cuda" / "launch.h"
+    return (checkout if checkout.exists() else abi.LIBRARIES / "cuda" / "launch.h").read_text("utf-8")
+
+
+abi.ffi.cdef(_header())
+n = abi.constants
+
+
+DTYPES = {n.DTYPE_F32: "f32", n.DTYPE_BF16: "bf16", n.DTYPE_F16: "f16", n.DTYPE_I8: "i8"}  # as kernels' names end
+
+
+class Launch(NamedTuple):
+    """A kernel, its blocks, the threads of each, its dynamic shared memory; `share` bytes of scratch for each piece of
+    work as the kernel cuts it, of which there are `shares`."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int = 0
+    share: int = 0
+    shares: int = 0
+
+
+def rmsnorm(op: Any, rows: int) -> list[Launch]:
+    return [Launch("rmsnorm", (rows * op.groups, 1, 1), threads_for(op.weight_width))]
+
+
+def add_rmsnorm(op: Any, rows: int) -> list[Launch]:
+    return [Launch("add_rmsnorm", (rows, 1, 1), threads_for(op.weight_width))]
+
+
+def embedding(op: Any, rows: int) -> list[Launch]:
+    return [Launch("embedding", (rows, 1, 1), threads_for(op.out_width))]
+
+
+def rope_angles(op: Any, rows: int) -> list[Launch]:
+    return [Launch("rope_angles", blocks_for(rows * op.angles_width // 2), n.THREADS)]
+
+
+def rope(op: Any, rows: int) -> list[Launch]:
+    return [Launch("rope", blocks_for(rows * op.x_width // 2), n.THREADS)]
+
+
+def swiglu(op: Any, rows: int) -> list[Launch]:
+    return [Launch("swiglu", blocks_for(rows * op.out_width), n.THREADS)]
+
+
+def kv_store(op: Any, rows: int) -> list[Launch]:
+    return [Launch("kv_store", (rows * (op.k_width // op.head_dim), 1, 1), 2 * n.WARP)]
+
+
+def matmul(op: Any, rows: int, name: str = "matmul") -> list[Launch]:
+    dtype = DTYPES[op.weight_dtype]
+    if rows <= n.FEW:
+        blocks = ceil_div(op.out_width * n.WARP, n.THREADS)
+        return [Launch(f"{name}_{'one' if rows <= 1 else 'few'}_{dtype}", (blocks if rows else 0, 1, 1), n.THREADS)]
+    grid = ceil_div(op.out_width, n.TILE), ceil_div(rows, n.TILE), 1
+    return [Launch(f"{name}_many_{dtype}", grid, n.TENSOR_THREADS if dtype == "bf16" else n.THREADS)]
+
+
+def logits(op: Any, rows: int) -> list[Launch]:
+    return matmul(op, rows, "logits")
+
+
+def ceil_div(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def threads_for(width: int) -> int:
+    """Whole warps, a thread for every fourth number of a row."""
+    return int(min(max(ceil_div(width, 4 * n.WARP), 1) * n.WARP, n.MAX_THREADS))
+
+
+def blocks_for(threads: int) -> tuple[int, int, int]:
+    return ceil_div(threads, n.THREADS), 1, 1
+
+
+def row_bytes(width: int, itemsize: int) -> int:
+    """A row of a matrix or a position of a cache: whole lines (layouts: native/cuda/common.cuh)."""
+    return int(ceil_div(width * itemsize, n.LINE) * n.LINE)

@@ -1,0 +1,12 @@
+/* The numbers that kernels and those who launch them must agree on. CUDA, the host compiler and cffi's parser all read
+ * this file: constants only. */
+
+enum {
+    WARP = 32,             /* threads that run in step */
+    LINE = 16,             /* bytes of the widest load: rows of weights and of caches are padded to whole lines */
+    THREADS = 256,         /* of a block, where nothing asks for another number */
+    MAX_THREADS = 1024,    /* of a block whose size follows the width of a row */
+    FEW = 8,               /* rows that a warp multiplies by one row of a matrix */
+    TILE = 64,             /* rows and columns of a tile of a product of many */
+    TENSOR_THREADS = 128   /* of a block that multiplies with tensor cores */
+};
