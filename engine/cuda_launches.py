@@ -78,6 +78,25 @@ def logits(op: Any, rows: int) -> list[Launch]:
     return matmul(op, rows, "logits")
 
 
+def attention(op: Any, rows: int) -> list[Launch]:
+    blocks = min(rows * op.heads, n.STANDARD_BLOCKS)  # each keeps all scores of a query in memory
+    threads = min(n.THREADS, ceil_div(positions_seen(op), n.WARP) * n.WARP)
+    share = ceil_div(4 * positions_seen(op), n.LINE) * n.LINE
+    return [Launch(f"attention_{DTYPES[op.kv_dtype]}", (blocks, 1, 1), threads, share=share, shares=blocks)]
+
+
+def sample(op: Any, rows: int) -> list[Launch]:
+    count, keys = op.vocab_size, 1 << (op.vocab_size - 1).bit_length()
+    share = 8 * keys + 8 * ceil_div(count, n.GROUP) + 4 * count + 4 * ceil_div(count, 32)
+    return [Launch("sample", (rows, 1, 1), threads_for(count), share=ceil_div(share, n.LINE) * n.LINE, shares=rows)]
+
+
+def positions_seen(op: Any) -> int:
+    """The most positions that a row of attention can see."""
+    capacity = op.page_table_stride * n.PAGE
+    return int(min(op.sink + op.window, capacity) if op.window else capacity)
+
+
 def ceil_div(x: int, y: int) -> int:
     return -(-x // y)
 

@@ -46,7 +46,7 @@ class DeviceArray:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """A copy of some of the rows."""
-        size = self.nbytes // self.shape[0]
+        size = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         return self.part(start * size, (stop - start, *self.shape[1:]), self.dtype).copy()
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:

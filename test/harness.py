@@ -45,8 +45,14 @@ def isa_pairs() -> tuple[tuple[Device, Device], ...]:
 
 @cache
 def devices() -> tuple[Device, ...]:
-    """NumPy, the CPU with every ISA on one thread (that two give the same bits is tested apart), a GPU in emulation."""
-    return (open_device("numpy"), *cpu_devices(), *emulated_devices())
+    """Those of the host, and a GPU in emulation."""
+    return (*host_devices(), *emulated_devices())
+
+
+@cache
+def host_devices() -> tuple[Device, ...]:
+    """NumPy, and the CPU with every ISA on one thread: that two give the same bits is tested apart."""
+    return (open_device("numpy"), *cpu_devices())
 
 
 @cache
@@ -55,7 +61,7 @@ def cpu_devices() -> tuple[Device, ...]:
 
 
 def rounds_to_bf16(device: Device, dtype: np.dtype) -> bool:
-    """Whether the other operand of bf16 weights or caches is rounded to bf16: the bf16 dot instruction, tensor cores."""
+    """Whether the other operand of bf16 weights or caches is rounded to bf16: the dot instruction, tensor cores."""
     rounds = device.type == "cuda" or getattr(device, "isa", "") in ("avx512_bf16", "avx512_amx")
     return rounds and dtype == BFLOAT16
 

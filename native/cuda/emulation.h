@@ -66,6 +66,7 @@ template <class T> static inline T __shfl_xor_sync(unsigned mask, T x, int with)
 /* Blocks and threads take turns: plain operations are atomic. */
 template <class T> static inline T atomicAdd(T *at, T x) { T old = *at; *at = old + x; return old; }
 template <class T> static inline T atomicOr(T *at, T x) { T old = *at; *at = old | x; return old; }
+template <class T> static inline T atomicMin(T *at, T x) { T old = *at; *at = old < x ? old : x; return old; }
 template <class T> static inline T atomicCAS(T *at, T expected, T x)
 {
     T old = *at;

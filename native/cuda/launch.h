@@ -8,5 +8,7 @@ enum {
     MAX_THREADS = 1024,    /* of a block whose size follows the width of a row */
     FEW = 8,               /* rows that a warp multiplies by one row of a matrix */
     TILE = 64,             /* rows and columns of a tile of a product of many */
-    TENSOR_THREADS = 128   /* of a block that multiplies with tensor cores */
+    TENSOR_THREADS = 128,  /* of a block that multiplies with tensor cores */
+    STANDARD_BLOCKS = 528, /* of standard attention: four for each processor of a large GPU */
+    GROUP = 128            /* ids whose weights are added up before the others' */
 };
