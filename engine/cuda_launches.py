@@ -24,6 +24,8 @@ n = abi.constants
 
 DTYPES = {n.DTYPE_F32: "f32", n.DTYPE_BF16: "bf16", n.DTYPE_F16: "f16", n.DTYPE_I8: "i8"}  # as kernels' names end
 
+FLASH_WIDTHS = (64, 96, 128, 256)  # head_dim rounded up: the kernels that there are
+
 
 class Launch(NamedTuple):
     """A kernel, its blocks, the threads of each, its dynamic shared memory; `share` bytes of scratch for each piece of
@@ -83,6 +85,34 @@ def attention(op: Any, rows: int) -> list[Launch]:
     threads = min(n.THREADS, ceil_div(positions_seen(op), n.WARP) * n.WARP)
     share = ceil_div(4 * positions_seen(op), n.LINE) * n.LINE
     return [Launch(f"attention_{DTYPES[op.kv_dtype]}", (blocks, 1, 1), threads, share=share, shares=blocks)]
+
+
+def flash_attention(op: Any, rows: int) -> list[Launch]:
+    if rows <= n.SPLIT_ROWS or op.kv_dtype != n.DTYPE_BF16 or op.head_dim > max(FLASH_WIDTHS) or op.sink:
+        return split_attention(op, rows)
+    width = min(width for width in FLASH_WIDTHS if width >= op.head_dim)
+    shared = 3 * n.QUERIES * (width + n.LINE // 2) * 2  # queries, keys and values
+    return [Launch(f"flash_attention_{width}", (op.heads, ceil_div(rows, n.QUERIES), 1), n.TENSOR_THREADS, shared)]
+
+
+streaming_attention = flash_attention
+
+
+def split_attention(op: Any, rows: int) -> list[Launch]:
+    """Ranges of keys in blocks of their own where there are few rows; of many rows, each walks all its keys."""
+    group = op.heads // op.kv_heads
+    dtype = DTYPES[op.kv_dtype]
+    wide = row_bytes(op.head_dim, 4 if dtype == "f32" else 1 if dtype == "i8" else 2) > n.WARP * n.LINE
+    kind, together = ("wide", 1) if wide else ("one", 1) if group == 1 else ("four", 4)
+    ranges = ceil_div(positions_seen(op), n.RANGE) if rows <= n.SPLIT_ROWS else 1
+    share = ceil_div(4 * (2 + op.head_dim), n.LINE) * n.LINE
+    grid = ranges, op.kv_heads * ceil_div(group, together), rows
+    walk = Launch(f"streaming_attention_{kind}_{dtype}", grid, n.SPLIT_THREADS)
+    if ranges == 1:
+        return [walk]
+    scratch = {"share": share, "shares": rows * op.heads * ranges}
+    return [walk._replace(**scratch),
+            Launch("streaming_attention_merge", (ranges, op.heads, rows), n.SPLIT_THREADS, **scratch)]  # fmt: skip
 
 
 def sample(op: Any, rows: int) -> list[Launch]:

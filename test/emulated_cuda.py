@@ -113,12 +113,15 @@ def library() -> Any:
 
 
 def kernels_of(source: Path) -> list[str]:
-    """The kernels that a source defines, by itself or for each op of KERNELS(op)."""
+    """The kernels that a source defines, by themselves or for each use of KERNELS(…)."""
     text = source.read_text("utf-8")
-    names = re.findall(r"^ *KERNEL\((\w*?)(##\w+)?,", text, re.M)
-    families = re.findall(r"^KERNELS\((\w+)\)", text, re.M)
-    alone = [name for name, suffix in names if not suffix]
-    return alone + [family + suffix[2:] for family in families for _, suffix in names if suffix]
+    names = re.findall(r"^ *KERNEL\(([\w#]+),", text, re.M)
+    parameter = re.findall(r"#define KERNELS\((\w+)", text)
+    families = re.findall(r"^KERNELS\((\w+)", text, re.M)
+    made = [name.split("##") for name in names if "##" in name]
+    return [name for name in names if "##" not in name] + [
+        "".join(family if part == parameter[0] else part for part in parts) for family in families for parts in made
+    ]
 
 
 @cache

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from emulated_cuda import emulated_devices
+from emulated_cuda import EmulatedDriver, emulated_devices
 from harness import (
     CACHE_DTYPES,
     AttentionCase,
     AttentionRig,
+    Part,
     assert_close,
+    assert_same_bits,
     error_limit,
     exact_attention,
     sequences,
 )
 
+from engine.abi import BFLOAT16
 from engine.device.cuda import CUDADevice
 
 CASES = (
@@ -32,6 +37,11 @@ SINKS = (
     AttentionCase(4, 2, 16, (100, 3), window=20, sink=4, kind="streaming"),
     AttentionCase(2, 1, 40, (150,), window=70, sink=64, kind="streaming"),
 )
+LONG = (
+    AttentionCase(3, 1, 40, (1100,), kind="streaming"),
+    AttentionCase(5, 1, 8, (1200,), window=1050, sink=70, kind="streaming"),
+    AttentionCase(1, 1, 384, (1030,), kind="streaming"),
+)
 devices = pytest.mark.parametrize("device", emulated_devices(), ids=lambda device: device.description)
 every_dtype = pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 
@@ -45,6 +55,49 @@ def assert_exact(device: CUDADevice, case: AttentionCase, dtype: np.dtype) -> No
 
 @devices
 @every_dtype
-def test_standard(device: CUDADevice, dtype: np.dtype) -> None:
+@pytest.mark.parametrize("kind", ["standard", "flash"])
+def test_every_kind(device: CUDADevice, dtype: np.dtype, kind: str) -> None:
+    """More than SPLIT_ROWS rows, and few."""
     for case in CASES:
+        assert_exact(device, replace(case, kind=kind), dtype)
+
+
+@devices
+@every_dtype
+def test_sinks(device: CUDADevice, dtype: np.dtype) -> None:
+    for case in SINKS:
         assert_exact(device, case, dtype)
+
+
+@devices
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 96, 128, 200, 256])
+def test_flash_by_tensor_cores(device: CUDADevice, head_dim: int) -> None:
+    """Rows of several sequences in a tile, tiles that begin within a sequence, windows."""
+    for window in (None, 30):
+        case = AttentionCase(2, 1, head_dim, (70, 5, 66), window, kind="flash")
+        assert_exact(device, case, BFLOAT16)
+        assert isinstance(device.driver, EmulatedDriver)
+        assert device.driver.launched[-1].kernel.startswith("flash_attention_")
+
+
+@devices
+@every_dtype
+def test_decode_over_ranges(device: CUDADevice, dtype: np.dtype) -> None:
+    """One row of a long sequence: its ranges lie in blocks of their own. The cache is stored by steps of many rows."""
+    for case in LONG:
+        data, length = sequences(case), case.lengths[0]
+        rig = AttentionRig(device, case, dtype)
+        rig.store(data, [Part(0, 0, length)])
+        exact = exact_attention(case, data[0], dtype)
+        for first in (length - 1, 1024, 3):
+            output = rig.run(data, [Part(0, first, first + 1)])[0]
+            assert_close(output, exact[first : first + 1], error_limit(device, dtype), (case, first))
+
+
+@every_dtype
+def test_the_order_of_threads_does_not_matter(dtype: np.dtype) -> None:
+    forwards, backwards = emulated_devices()
+    for case in (*(replace(case, kind=kind) for case in CASES[:3] for kind in ("standard", "flash")), *SINKS):
+        one, other = (AttentionRig(device, case, dtype).run_whole(sequences(case)) for device in (forwards, backwards))
+        for a, b in zip(one, other, strict=True):
+            assert_same_bits(a, b, case)

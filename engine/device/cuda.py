@@ -181,11 +181,17 @@ class CUDAProgram(Program):
         self.counts = list({node.rows: None for node in plan.nodes})
         self.mirrors = {device.mirrors[t] for node in plan.nodes for t in [*node.tensors.values(), node.rows]
                         if t in device.mirrors}  # fmt: skip
-        most = [self._launches(i, max_rows(node)) for i, node in enumerate(plan.nodes)]
-        scratch = max((launch.share * launch.shares for launches in most for launch in launches), default=0)
-        self.scratch = device._array((max(scratch, 1),), UINT8)
+        self.scratch = device._array((max(self._scratch_bytes(), 1),), UINT8)
         self.bound: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self.recorded: dict[Any, Callable[[], None] | None] = {}
+
+    def _scratch_bytes(self) -> int:
+        """The most that any launch needs: of all rows, or of as many as are still cut into ranges."""
+        most = 0
+        for i, node in enumerate(self.nodes):
+            for rows in {max_rows(node), min(max_rows(node), int(cuda_launches.n.SPLIT_ROWS))}:
+                most = max(most, *(launch.share * launch.shares for launch in self._launches(i, rows)))
+        return most
 
     def _launches(self, index: int, rows: int) -> list[Launch]:
         launches: list[Launch] = getattr(cuda_launches, self.nodes[index].op.name)(self.structs[index], rows)

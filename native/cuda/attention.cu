@@ -8,7 +8,7 @@ template <class T> DEVICE float score(const struct attention &op, const struct v
     int position = position_of(view, index);
     int64_t page = page_of(op, view.row, position), kv_head = head / (op.heads / op.kv_heads), slot = position % PAGE;
     const char *key = head_of<T>(op, page, kv_head) + slot * row_bytes<T>(op.head_dim);
-    const float *q = query_of(op, view.row, head, index < view.sinks && op.q_sink);
+    const float *q = query_of(op, view.row, head, index < view.by_sink);
     float sum = 0.0f;
     for (int d = 0; d < op.head_dim; d += COUNT) {
         float k[COUNT];

@@ -4,10 +4,11 @@
 
 #include "common.cuh"
 
-/* The positions that a row sees: the first `sinks`, then those from `first` up to its own; `count` in all. */
+/* The positions that a row sees: the first `sinks`, then those from `first` up to its own; `count` in all, of which it
+ * sees the first `by_sink` by q_sink. */
 struct view {
     int64_t row;
-    int sinks, first, count;
+    int sinks, first, count, by_sink;
 };
 
 DEVICE bool sees(const struct attention &op, int64_t row, struct view &view)
@@ -15,7 +16,7 @@ DEVICE bool sees(const struct attention &op, int64_t row, struct view &view)
     if (row >= *op.rows || op.pos[row] < op.from_pos || op.pos[row] >= op.until_pos)
         return false;
     int pos = op.pos[row], first = op.window > 0 ? max_of(0, pos - op.window + 1) : 0, sinks = min_of(op.sink, first);
-    view = {row, sinks, first, sinks + pos - first + 1};
+    view = {row, sinks, first, sinks + pos - first + 1, op.q_sink ? min_of(op.sink, pos + 1) : 0};
     return true;
 }
 

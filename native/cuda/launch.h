@@ -10,5 +10,9 @@ enum {
     TILE = 64,             /* rows and columns of a tile of a product of many */
     TENSOR_THREADS = 128,  /* of a block that multiplies with tensor cores */
     STANDARD_BLOCKS = 528, /* of standard attention: four for each processor of a large GPU */
+    SPLIT_THREADS = 128,   /* of a block of streaming attention */
+    RANGE = 1024,          /* keys of a range of it */
+    SPLIT_ROWS = 16,       /* rows of a step up to which their ranges are shared out */
+    QUERIES = 64,          /* rows to a tile of flash attention; its keys are a page's */
     GROUP = 128            /* ids whose weights are added up before the others' */
 };
