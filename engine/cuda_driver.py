@@ -114,7 +114,7 @@ class PyCUDADriver:
             memory = self.cuda.mem_alloc(size)
         except self.cuda.MemoryError:
             free = self.free_memory()
-            raise RillError(f"the GPU has no {size} bytes left in one piece ({free} are free)") from None
+            raise RillError(f"GPU memory: {size:,} bytes are needed in one piece, {free:,} are free") from None
         self.allocations[int(memory)] = memory
         return int(memory)
 

@@ -16,6 +16,7 @@ from emulated_cuda import emulated_devices
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
 from engine.device import Device, open_device
 from engine.device.cpu import available_isas
+from engine.errors import RillError
 from engine.kvcache import PAGE, KVCache, cache_tensors
 from engine.layer import Weight, plan_input
 from engine.ops.attention import KINDS, MultiHeadAttention
@@ -45,8 +46,17 @@ def isa_pairs() -> tuple[tuple[Device, Device], ...]:
 
 @cache
 def devices() -> tuple[Device, ...]:
-    """Those of the host, and a GPU in emulation."""
-    return (*host_devices(), *emulated_devices())
+    """Those of the host, a GPU in emulation, and a GPU where there is one."""
+    return (*host_devices(), *emulated_devices(), *gpu_devices())
+
+
+@cache
+def gpu_devices() -> tuple[Device, ...]:
+    """The GPU; none where there is no GPU, or nothing to run on it."""
+    try:
+        return (open_device("cuda"),)
+    except RillError:
+        return ()
 
 
 @cache

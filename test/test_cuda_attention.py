@@ -1,4 +1,4 @@
-"""attention and sampling as a GPU in emulation computes them: few cases, since every thread is a fibre."""
+"""attention as a GPU in emulation computes it: few cases, since every thread is a fibre."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness import (
     sequences,
 )
 
-from engine.abi import BFLOAT16
+from engine.abi import BFLOAT16, INT8
 from engine.device.cuda import CUDADevice
 
 CASES = (
@@ -42,7 +42,7 @@ LONG = (
     AttentionCase(5, 1, 8, (1200,), window=1050, sink=70, kind="streaming"),
     AttentionCase(1, 1, 384, (1030,), kind="streaming"),
 )
-devices = pytest.mark.parametrize("device", emulated_devices(), ids=lambda device: device.description)
+devices = pytest.mark.parametrize("device", emulated_devices()[:1], ids=lambda device: device.description)
 every_dtype = pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 
 
@@ -94,10 +94,11 @@ def test_decode_over_ranges(device: CUDADevice, dtype: np.dtype) -> None:
             assert_close(output, exact[first : first + 1], error_limit(device, dtype), (case, first))
 
 
-@every_dtype
+@pytest.mark.skipif(not emulated_devices(), reason="no C++ compiler for the emulation")
+@pytest.mark.parametrize("dtype", [BFLOAT16, INT8], ids=str)
 def test_the_order_of_threads_does_not_matter(dtype: np.dtype) -> None:
     forwards, backwards = emulated_devices()
-    for case in (*(replace(case, kind=kind) for case in CASES[:3] for kind in ("standard", "flash")), *SINKS):
+    for case in (*(replace(case, kind=kind) for case in CASES[1:3] for kind in ("standard", "flash")), *SINKS):
         one, other = (AttentionRig(device, case, dtype).run_whole(sequences(case)) for device in (forwards, backwards))
         for a, b in zip(one, other, strict=True):
             assert_same_bits(a, b, case)

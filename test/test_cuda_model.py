@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from emulated_cuda import emulated_devices
@@ -28,7 +29,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> CUDADevice:
 @pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-llama"])
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"attention": "streaming", "window": 8, "sink": 2}],
                          ids=["stored", "float32", "window"])  # fmt: skip
-def test_greedy_tokens_are_the_cpus(name: str, options: dict[str, object]) -> None:
+def test_greedy_tokens_are_the_cpus(name: str, options: dict[str, Any]) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=4)
     tokens = []
     for device in ("cpu", "cuda"):
@@ -39,5 +40,6 @@ def test_greedy_tokens_are_the_cpus(name: str, options: dict[str, object]) -> No
 
 def test_every_node_is_the_oracles() -> None:
     """Node by node on the emulated device's own inputs, weights included."""
-    report = verify(str(BUNDLED / "tiny-qwen3"), list(range(20, 40)), gen_len=2, device="cuda")
-    assert report.passed, report.lines
+    for attention in ("standard", "flash"):
+        report = verify(str(BUNDLED / "tiny-qwen3"), list(range(20, 40)), gen_len=2, device="cuda", attention=attention)
+        assert report.passed, report.lines

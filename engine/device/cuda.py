@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 STAGED = 8 << 20  # bytes of a weight that are on their way at once
 UINT8 = np.dtype(np.uint8)
-GIB = 1 << 30
 
 
 def open(isa: str, threads: int | None) -> CUDADevice:
@@ -80,8 +79,8 @@ class CUDADevice(Device):
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         free = self.driver.free_memory()
         if size > free:
-            raise RillError(f"the GPU has {free / GIB:.2f} GiB free, {size / GIB:.2f} GiB are needed: take a smaller "
-                            "model, or a shorter context")  # fmt: skip
+            raise RillError(f"GPU memory: {size:,} bytes are needed, {free:,} are free: take a smaller model, or a "
+                            "shorter context")  # fmt: skip
         return DeviceArray(Allocation(self.driver, max(size, 1)), shape, dtype)
 
     def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
