@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", dest="named_model", metavar="MODEL", help="the same")
     add("--phase", choices=["prefill", "decode"], help="by default both")
     add("--method", type=listed, default=["auto"], metavar="LIST", help="baseline, avx2, avx512 (the best of its "
-        "family), another ISA by its name, numpy; by default what rill takes")  # fmt: skip
+        "family), another ISA by its name, numpy, cuda; by default what rill takes")  # fmt: skip
     add_attention(parser)
     add("-p", "--prompt-len", type=lengths, default=[512], metavar="LIST", help="tokens of prompts; by default 512")
     add("-n", "--gen-len", type=positive, metavar="N", help="by default 64, with --verify 3")

@@ -17,14 +17,14 @@ from engine.device.cpu import available_isas
 class Method:
     """What is asked for; `isa_of` and `LLM.attention` say what came of it."""
 
-    name: str  # "auto", "numpy", or an ISA
+    name: str  # "auto", "numpy", "cuda", or an ISA
     attention: str
     threads: int | None = None
     dtype: str = "auto"
 
     def device(self) -> dict[str, str]:
         """LLM's arguments for the name."""
-        if self.name in ("auto", "numpy"):
+        if self.name in ("auto", "numpy", "cuda"):
             return {"device": self.name}
         return {"device": "cpu", "isa": self.name}
 
@@ -32,12 +32,12 @@ class Method:
 def methods(options: argparse.Namespace) -> list[Method]:
     """Every method with every dtype, kind of attention and number of threads; NumPy has its own threads."""
     isas = available_isas()
-    known = ["auto", *isas, *(["avx512"] if any(isa.startswith("avx512") for isa in isas) else []), "numpy"]
+    known = ["auto", *isas, *(["avx512"] if any(isa.startswith("avx512") for isa in isas) else []), "numpy", "cuda"]
     for name in options.method:
         if name not in known:
             raise OptionError(f"--method {name!r}: this machine has {', '.join(known)}")
     chosen = product(options.method, options.dtype, options.attention, options.threads or [None])
-    found = [Method(name, kind, None if name == "numpy" else n, dtype) for name, dtype, kind, n in chosen]
+    found = [Method(name, kind, None if name in ("numpy", "cuda") else n, dtype) for name, dtype, kind, n in chosen]
     return list(dict.fromkeys(found))
 
 

@@ -106,19 +106,30 @@ def split_attention(op: Any, rows: int) -> list[Launch]:
     kind, together = ("wide", 1) if wide else ("one", 1) if group == 1 else ("four", 4)
     ranges = ceil_div(positions_seen(op), n.RANGE) if rows <= n.SPLIT_ROWS else 1
     share = ceil_div(4 * (2 + op.head_dim), n.LINE) * n.LINE
-    grid = ranges, op.kv_heads * ceil_div(group, together), rows
+    grid = rows, op.kv_heads * ceil_div(group, together), ranges
     walk = Launch(f"streaming_attention_{kind}_{dtype}", grid, n.SPLIT_THREADS)
     if ranges == 1:
         return [walk]
     scratch = {"share": share, "shares": rows * op.heads * ranges}
     return [walk._replace(**scratch),
-            Launch("streaming_attention_merge", (ranges, op.heads, rows), n.SPLIT_THREADS, **scratch)]  # fmt: skip
+            Launch("streaming_attention_merge", (rows, op.heads, ranges), n.SPLIT_THREADS, **scratch)]  # fmt: skip
 
 
 def sample(op: Any, rows: int) -> list[Launch]:
     count, keys = op.vocab_size, 1 << (op.vocab_size - 1).bit_length()
     share = 8 * keys + 8 * ceil_div(count, n.GROUP) + 4 * count + 4 * ceil_div(count, 32)
     return [Launch("sample", (rows, 1, 1), threads_for(count), share=ceil_div(share, n.LINE) * n.LINE, shares=rows)]
+
+
+def read_memory(lines: int) -> Launch:
+    return Launch("read_memory", (min(ceil_div(lines, n.THREADS), n.MEASURE_BLOCKS), 1, 1), n.THREADS)
+
+
+def multiply(dtype: str) -> tuple[Launch, int]:
+    """Multiplying in registers, and the floating-point operations of a round of it."""
+    operations = 2 * (8 * 16 * 8 * 16 // n.WARP if dtype == "bf16" else 16)
+    launch = Launch(f"multiply_{dtype}", (n.MEASURE_BLOCKS, 1, 1), n.THREADS)
+    return launch, operations * n.MEASURE_BLOCKS * n.THREADS
 
 
 def positions_seen(op: Any) -> int:

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from emulated_cuda import EmulatedDriver, emulated_devices, library
 from harness import normal
-from test_sample import NumPyDevice, every_request, requests, run
+from test_sample import every_request, requests, run
 
 from engine import LLM, SamplingParams, abi, cuda_driver
 from engine.cuda_launches import Launch
 from engine.device import NotFiniteError, TokenError, cuda, open_device
 from engine.device.cuda import CUDADevice
+from engine.device.numpy import NumPyDevice
 from engine.errors import RillError, UsageError
 from engine.layer import matrix
 from engine.ops.embedding import Embedding
@@ -80,7 +81,8 @@ class RecordingDriver(EmulatedDriver):
         return lambda: call() if self.recording is None else self.recording.append(call)
 
     def record(self, launches: Callable[[], None]) -> Callable[[], None]:
-        self.recording = calls = []
+        calls: list[Callable[[], None]] = []
+        self.recording = calls
         launches()
         self.recording = None
 
@@ -178,6 +180,12 @@ def test_too_large_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix("w", [np.zeros((1 << 10, 1 << 10), np.float32)])
     with pytest.raises(RillError, match="GPU memory: 4,194,304 bytes are needed, 1,048,576 are free"):
         device.load([weight])
+
+
+@needs_emulation
+def test_limits_are_measured() -> None:
+    device = emulated_devices()[0]
+    assert device.read_limit(1 << 16) > 0 and device.multiply_limit(abi.FLOAT32, 1) > 0
 
 
 # The emulation finds mistakes.

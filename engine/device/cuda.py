@@ -159,6 +159,34 @@ class CUDADevice(Device):
         start = self.mirrors[owner].address_of(owner.storage) if owner in self.mirrors else owner.storage.address
         return int(start + tensor.column * tensor.dtype.itemsize)
 
+    # What the GPU can do at best.
+
+    def read_limit(self, size: int = 2 << 30) -> float:
+        """Bytes a second that are read from its memory: the limit of decoding. Measured now, the best of a few."""
+        memory = self._array((min(size, self.driver.free_memory() // 2),), UINT8)
+        self.driver.fill(memory.address, 0x5A, memory.nbytes)
+        launch = cuda_launches.read_memory(memory.nbytes // 16)
+        return memory.nbytes / self._least_seconds(launch, [memory.address, memory.nbytes // 16, 0])
+
+    def multiply_limit(self, dtype: np.dtype, rounds: int = 20_000) -> float:
+        """Floating-point operations a second of products with weights or a cache of that dtype: bf16 by tensor cores,
+        everything else by multiply-adds. Measured now, the best of a few."""
+        launch, operations = cuda_launches.multiply("bf16" if dtype == abi.BFLOAT16 else "f32")
+        return operations * rounds / self._least_seconds(launch, [0, 0, rounds])
+
+    def _least_seconds(self, launch: Launch, numbers: list[int]) -> float:
+        scratch = self._zeroed((16,), UINT8)
+        team = [self.control.address, scratch.address, 0]
+        run = self.driver.bind(launch, np.array(numbers + team, np.uint64).tobytes())
+        times = []
+        for _ in range(5):
+            marks = [self.driver.mark()]
+            run()
+            marks.append(self.driver.mark())
+            begin, end = self.driver.nanoseconds(marks)
+            times.append(max(end - begin, 1) * 1e-9)
+        return min(times)
+
     # Replay.
 
     def runs(self, op_name: str) -> bool:

@@ -14,5 +14,6 @@ enum {
     RANGE = 1024,          /* keys of a range of it */
     SPLIT_ROWS = 16,       /* rows of a step up to which their ranges are shared out */
     QUERIES = 64,          /* rows to a tile of flash attention; its keys are a page's */
+    MEASURE_BLOCKS = 2112, /* of what is timed to know a GPU's limits: every processor is full several times */
     GROUP = 128            /* ids whose weights are added up before the others' */
 };

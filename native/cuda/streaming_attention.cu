@@ -104,9 +104,9 @@ DEVICE void merge_block(const struct attention &op, const struct team &team, con
             highest = fmaxf(highest, max[g][h]);
         for (int g = 0; g < groups; g++)
             total += sum[g][h] == 0.0f ? 0.0f : sum[g][h] * exp2f(max[g][h] - highest);
-        bool whole = gridDim.x == 1;
+        bool whole = gridDim.z == 1;
         float *to = whole ? op.out + view.row * op.out_stride + (w.head + h) * op.head_dim
-                          : partial_of(op, team, view.row, w.head + h, gridDim.x, blockIdx.x) + 2;
+                          : partial_of(op, team, view.row, w.head + h, gridDim.z, blockIdx.z) + 2;
         for (int d = threadIdx.x; d < op.head_dim; d += blockDim.x) {
             float value = 0.0f;
             for (int g = 0; g < groups; g++)
@@ -122,9 +122,9 @@ DEVICE void merge_block(const struct attention &op, const struct team &team, con
 template <class T, int HEADS, int LINES> DEVICE void attend_range(const struct attention &op, const struct team &team)
 {
     struct view view;
-    if (!sees(op, blockIdx.z, view))
+    if (!sees(op, blockIdx.x, view))
         return;
-    int range = gridDim.x == 1 ? view.count : (int)RANGE, begin = (int)blockIdx.x * range;
+    int range = gridDim.z == 1 ? view.count : (int)RANGE, begin = (int)blockIdx.z * range;
     if (begin >= view.count)
         return;
     int64_t group = op.heads / op.kv_heads, pieces = (group + HEADS - 1) / HEADS;
@@ -161,14 +161,14 @@ KERNELS(bf16, struct bf16)
 KERNELS(f16, struct f16)
 KERNELS(i8, int8_t)
 
-/* Merges the ranges of a row and head, in order. The launch is as wide as there are ranges, and each block has
+/* Merges the ranges of a row and head, in order. The launch is as deep as there are ranges, and each block has
  * a share of the columns. */
 KERNEL(streaming_attention_merge, attention, SPLIT_THREADS)
 {
     struct view view;
-    if (!sees(op, blockIdx.z, view))
+    if (!sees(op, blockIdx.x, view))
         return;
-    int64_t head = blockIdx.y, ranges = gridDim.x;
+    int64_t head = blockIdx.y, ranges = gridDim.z;
     int used = (view.count + RANGE - 1) / RANGE;
     float highest = -INFINITY, total = 0.0f;
     for (int i = 0; i < used; i++)
@@ -177,7 +177,7 @@ KERNEL(streaming_attention_merge, attention, SPLIT_THREADS)
         const float *part = partial_of(op, team, view.row, head, ranges, i);
         total += part[1] * exp2f(part[0] - highest);
     }
-    for (int d = blockIdx.x * blockDim.x + threadIdx.x; d < op.head_dim; d += gridDim.x * blockDim.x) {
+    for (int d = blockIdx.z * blockDim.x + threadIdx.x; d < op.head_dim; d += gridDim.z * blockDim.x) {
         float value = 0.0f;
         for (int i = 0; i < used; i++) {
             const float *part = partial_of(op, team, view.row, head, ranges, i);
