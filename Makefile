@@ -32,7 +32,7 @@ cuda:
 
 # On a machine with a GPU: everything that is tested and measured there. Results go to docs/results.
 cuda-bench: native cuda $(VENV)/rill-dev
-	$(RUN) -m pip install --quiet '.[cuda]' || $(RUN) -m pip install --quiet pycuda
+	$(RUN) -m pip install --quiet --editable '.[dev,cuda]'
 	$(PYTEST) -m cuda
 	$(RUN) -m tools.cuda_bench docs/results
 

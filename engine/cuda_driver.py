@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -73,8 +74,8 @@ class PyCUDADriver:
     def __init__(self, cuda: Any) -> None:
         self.cuda = cuda
         gpu = cuda.Device(0)
-        self.context = gpu.retain_primary_context()
-        self.threads: set[int] = set()  # in which the context is current
+        self.context, self.local = gpu.retain_primary_context(), threading.local()
+        self.closed = False
         self._enter()
         major, minor = gpu.compute_capability()
         self.description = f"{gpu.name()} (sm_{major}{minor})"
@@ -85,12 +86,25 @@ class PyCUDADriver:
         self.staged: list[tuple[np.ndarray, Any]] = []  # pinned memory, and the event that ends its copy
         self.pinned: list[Any] = []
         self.graphs = Graphs(self.stream.handle)
+        atexit.register(self.close)
 
     def _enter(self) -> None:
         """CUDA wants the context pushed once in every thread that calls it."""
-        if threading.get_ident() not in self.threads:
-            self.context.push()
-            self.threads.add(threading.get_ident())
+        if not hasattr(self.local, "current"):
+            self.local.current = Current(self.context)
+
+    def close(self) -> None:
+        """Gives everything back while CUDA still can: PyCUDA ends the process with an error where it finds a context
+        in use, or memory, after that."""
+        self._enter()
+        self.closed = True
+        self.stream.synchronize()
+        for memory in self.allocations.values():
+            memory.free()
+        for held in (self.allocations, self.functions, self.modules, self.staged, self.pinned):
+            held.clear()
+        del self.stream
+        self.local.current.leave()
 
     def _load(self, arch: str) -> list[Any]:
         files = sorted((abi.LIBRARIES / "cuda").glob("*.fatbin"))
@@ -119,8 +133,9 @@ class PyCUDADriver:
         return int(memory)
 
     def free(self, address: int) -> None:
-        self._enter()
-        self.allocations.pop(address).free()  # waits for what is running
+        if not self.closed:
+            self._enter()
+            self.allocations.pop(address).free()  # waits for what is running
 
     def fill(self, address: int, byte: int, size: int) -> None:
         self._enter()
@@ -200,6 +215,21 @@ class PyCUDADriver:
         marks[-1].synchronize()
         start = time.perf_counter_ns() - int(marks[-1].time_since(marks[0]) * 1e6)
         return [start + int(mark.time_since(marks[0]) * 1e6) for mark in marks]
+
+
+class Current:
+    """A context, pushed in this thread until the thread ends: kept in a threading.local, it goes with its thread."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        context.push()
+
+    def leave(self) -> None:
+        if self.context is not None:
+            self.context.pop()
+            self.context = None
+
+    __del__ = leave
 
 
 class Graphs:

@@ -4,6 +4,7 @@ missing."""
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,22 @@ def test_without_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "cuda" / "rope.fatbin").write_bytes(b"")
     with pytest.raises(RillError, match="no kernels for this GPU .sm_75.* CUBINS=75 cuda"):
         open_device("cuda")
+
+
+def test_a_context_is_current_once_in_each_thread_until_it_ends() -> None:
+    calls: list[tuple[str, int]] = []
+    context = SimpleNamespace(push=lambda: calls.append(("push", threading.get_ident())),
+                              pop=lambda: calls.append(("pop", threading.get_ident())))  # fmt: skip
+    local = threading.local()
+
+    def enter() -> None:
+        local.current = cuda_driver.Current(context)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    ident = thread.ident
+    thread.join()
+    assert calls == [("push", ident), ("pop", ident)]
 
 
 def test_an_isa_is_refused() -> None:

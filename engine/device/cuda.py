@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.layer import Weight
     from engine.plan import Node, Plan, Tensor
 
+MAX_RECORDED = 256  # steps of different shapes that are remembered to be recorded
 STAGED = 8 << 20  # bytes of a weight that are on their way at once
 UINT8 = np.dtype(np.uint8)
 
@@ -263,7 +264,7 @@ class CUDAProgram(Program):
         if recorded is not None:
             recorded()
             return
-        if key in self.recorded and self.driver.records:
+        if key in self.recorded and self.driver.records and len(self.recorded) <= MAX_RECORDED:
             self.recorded[key] = self.driver.record(lambda: self._launch(first, last, rows))
             self._replay(first, last, rows)
             return
