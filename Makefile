@@ -4,6 +4,7 @@
 #   test      the whole test suite                       sanitize  tests on an ASan + UBSan build of the libraries
 #   native    the libraries, into engine/_native         wheel     sdist and wheel, into dist/
 #   ci        all of it, and the wheel outside the tree  clean     removes what was built (not .venv)
+#   cuda      kernels for GPUs, where nvcc is found      cuda-bench  tests and measures them on a GPU: docs/cuda.md
 #
 #   make PYTHON=python3.12 CC=clang CFLAGS=... USE_FLASH_ATTENTION=0 native      (native/build.mk has the rest)
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
 
-.PHONY: demo test native lint tune sanitize wheel wheel-check no-flash ci clean
+.PHONY: demo test native cuda cuda-bench lint tune sanitize wheel wheel-check no-flash ci clean
 
 demo: native $(VENV)/rill-demo
 	$(RUN) -m demo.infer --raw -p "Once upon a time"
@@ -24,6 +25,16 @@ test: native $(VENV)/rill-dev
 
 native:
 	@$(MAKE) --no-print-directory -f native/build.mk $(if $(findstring -j,$(MAKEFLAGS)),,-j2)
+
+# Kernels for GPUs: native/cuda/build.mk has the rest.
+cuda:
+	@$(MAKE) --no-print-directory -f native/cuda/build.mk cuda
+
+# On a machine with a GPU: everything that is tested and measured there. Results go to docs/results.
+cuda-bench: native cuda $(VENV)/rill-dev
+	$(RUN) -m pip install --quiet --editable '.[dev,cuda]'
+	$(PYTEST) -m cuda
+	$(RUN) -m tools.cuda_bench docs/results
 
 # What is installed, made again when pyproject.toml changes. The libraries are built first: pip finds them up to date.
 $(VENV)/rill-demo $(VENV)/rill-dev: pyproject.toml setup.py | $(RUN) native

@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", dest="named_model", metavar="MODEL", help="the same")
     add("--phase", choices=["prefill", "decode"], help="by default both")
     add("--method", type=listed, default=["auto"], metavar="LIST", help="baseline, avx2, avx512 (the best of its "
-        "family), another ISA by its name, numpy; mpi, mpi+avx2, ...: on all ranks; by default what rill "
+        "family), another ISA by its name, numpy, cuda; mpi, mpi+avx2, ...: on all ranks; by default what rill "
         "takes")  # fmt: skip
     add_attention(parser)
     add("-p", "--prompt-len", type=lengths, default=[512], metavar="LIST", help="tokens of prompts; by default 512")

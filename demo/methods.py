@@ -24,7 +24,7 @@ MPI = "mpi"
 class Method:
     """What is asked for; `isa_of` and `LLM.attention` say what came of it."""
 
-    name: str  # "auto", "numpy", an ISA, "mpi" or "mpi+" and an ISA
+    name: str  # "auto", "numpy", "cuda", an ISA, "mpi" or "mpi+" and an ISA
     attention: str
     threads: int | None = None
     dtype: str = "auto"
@@ -33,8 +33,8 @@ class Method:
         """LLM's arguments for the name."""
         if self.name == "auto":
             return {"device": "auto"}
-        if self.name == "numpy":
-            return {"device": "numpy", "tp": 1}
+        if self.name in ("numpy", "cuda"):
+            return {"device": self.name, "tp": 1}
         isa, ranks = self.name.removeprefix(MPI).removeprefix("+") or "baseline", ranks_here()
         return {"device": "cpu", "isa": isa, "tp": ranks if self.name.startswith(MPI) else 1}
 
@@ -48,9 +48,9 @@ def ranks_here() -> int:
 def methods(options: argparse.Namespace) -> list[Method]:
     """Every method with every dtype, kind of attention and number of threads; NumPy has its own threads."""
     isas = available_isas()
-    known = ["auto", *isas, *(["avx512"] if any(isa.startswith("avx512") for isa in isas) else []), "numpy"]
+    known = ["auto", *isas, *(["avx512"] if any(isa.startswith("avx512") for isa in isas) else []), "numpy", "cuda"]
     if ranks_here() > 1:
-        known += [MPI, *(f"{MPI}+{isa}" for isa in known if isa not in ("auto", "numpy"))]
+        known += [MPI, *(f"{MPI}+{isa}" for isa in known if isa not in ("auto", "numpy", "cuda"))]
     for name in options.method:
         if name.startswith(MPI) and ranks_here() == 1:
             raise OptionError(f"--method {name}: there is one rank; mpiexec -n 2 python -m mpi4py -m ... starts two")
@@ -63,7 +63,7 @@ def methods(options: argparse.Namespace) -> list[Method]:
 
 def threads_for(name: str, threads: int | None, options: argparse.Namespace) -> int | None:
     """--rank-threads are those of a rank; one process gets as many as all ranks have."""
-    if name == "numpy":
+    if name in ("numpy", "cuda"):
         return None
     if getattr(options, "rank_threads", None) is None:
         return threads

@@ -155,7 +155,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     add("-c", "--ctx-size", type=integer, dest="max_seq_len", metavar="N", help="positions of the context, "
         "prompt and reply together; by default 4096, at most the model's own limit")  # fmt: skip
     add("-t", "--threads", type=integer, metavar="N", help="by default one a core")
-    add("--device", metavar="NAME", help="auto, cpu or numpy")
+    add("--device", metavar="NAME", help="auto, cpu, cuda or numpy")
     add("--tp", type=positive, metavar="N", help="ranks that share each layer: as many as mpiexec has started, or 1")
     add("--parallel", metavar="NAME", help="what ranks share: tensor (every layer) or allgather (the heads alone)")
     add("--isa", metavar="NAME", help="auto, baseline, avx2, avx512 (the best of its family), ...")

@@ -11,10 +11,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from emulated_cuda import emulated_devices
 
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
 from engine.device import Device, open_device
 from engine.device.cpu import available_isas
+from engine.errors import RillError
 from engine.kvcache import PAGE, KVCache, cache_tensors
 from engine.layer import Weight, plan_input
 from engine.ops.attention import KINDS, MultiHeadAttention
@@ -44,17 +46,34 @@ def isa_pairs() -> tuple[tuple[Device, Device], ...]:
 
 @cache
 def devices() -> tuple[Device, ...]:
+    """Those of the host, a GPU in emulation, and a GPU where there is one."""
+    return (*host_devices(), *emulated_devices(), *gpu_devices())
+
+
+@cache
+def gpu_devices() -> tuple[Device, ...]:
+    """The GPU; none where there is no GPU, or nothing to run on it."""
+    try:
+        return (open_device("cuda"),)
+    except RillError:
+        return ()
+
+
+@cache
+def host_devices() -> tuple[Device, ...]:
     """NumPy, and the CPU with every ISA on one thread: that two give the same bits is tested apart."""
-    return (open_device("numpy"), *(one for one, _ in isa_pairs()))
+    return (open_device("numpy"), *cpu_devices())
 
 
+@cache
 def cpu_devices() -> tuple[Device, ...]:
-    return devices()[1:]
+    return tuple(one for one, _ in isa_pairs())
 
 
 def rounds_to_bf16(device: Device, dtype: np.dtype) -> bool:
-    """Whether the other operand of bf16 weights or caches is rounded to bf16: the bf16 dot instruction."""
-    return getattr(device, "isa", "") in ("avx512_bf16", "avx512_amx") and dtype == BFLOAT16
+    """Whether the other operand of bf16 weights or caches is rounded to bf16: the dot instruction, tensor cores."""
+    rounds = device.type == "cuda" or getattr(device, "isa", "") in ("avx512_bf16", "avx512_amx")
+    return rounds and dtype == BFLOAT16
 
 
 def error_limit(device: Device, dtype: np.dtype) -> float:

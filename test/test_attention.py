@@ -17,9 +17,9 @@ from harness import (
     assert_close,
     assert_same_bits,
     cpu_devices,
-    devices,
     error_limit,
     exact_attention,
+    host_devices,
     isa_pairs,
     normal,
     rounded,
@@ -78,7 +78,7 @@ def assert_same(outputs: list[np.ndarray], expected: list[np.ndarray], what: obj
 def test_several_sequences_in_one_step(case: AttentionCase, kind: str, dtype: np.dtype) -> None:
     case = replace(case, kind=kind)
     data = sequences(case)
-    for device in devices() if kind == "standard" else cpu_devices():
+    for device in host_devices() if kind == "standard" else cpu_devices():
         assert_exact(AttentionRig(device, case, dtype).run_whole(data), case, data, device, dtype)
 
 
@@ -100,7 +100,7 @@ def test_decoding_agrees_with_float64(dtype: np.dtype) -> None:
     """A prompt, then row by row over a page's end, with the sequences in changing order."""
     case = AttentionCase(6, 2, 40, (70, 69))
     data = sequences(case)
-    for device in devices():
+    for device in host_devices():
         rig = AttentionRig(device, case, dtype)
         first, second = rig.run(data, [Part(0, 0, 61), Part(1, 0, 60)])
         pieces = [[first], [second]]
@@ -155,7 +155,7 @@ def test_a_window_of_one_returns_the_values(kind: str) -> None:
     """e^0 / 1 = 1: bit for bit the row's own value."""
     case = AttentionCase(4, 2, 16, (70,), window=1, kind=kind)
     data = sequences(case)
-    for device in devices():
+    for device in host_devices():
         for dtype in CACHE_DTYPES:
             values = np.repeat(rounded(data[0].v, dtype).astype(np.float32), 2, axis=1).reshape(70, -1)
             out = AttentionRig(device, case, dtype).run_whole(data)[0]
@@ -178,7 +178,7 @@ def test_scores_of_great_magnitude(kind: str, dtype: np.dtype) -> None:
     """Scores thousands apart: all the weight lies on the largest, and nothing overflows."""
     case = AttentionCase(4, 2, 64, (130, 65, 3), scale=1.0, kind=kind)
     data = whole_numbers(case, 0, largest=200)
-    for device in devices():
+    for device in host_devices():
         assert_exact(AttentionRig(device, case, dtype).run_whole(data), case, data, device, dtype)
 
 
@@ -200,7 +200,7 @@ def test_scores_far_below_zero(kind: str, dtype: np.dtype) -> None:
         ]
         scores = np.einsum("qhd,khd->hqk", data[0].q, np.repeat(data[0].k, 2, axis=1))
         assert scores.max() < -5e4 and len(np.unique(scores)) > 1
-        for device in devices():
+        for device in host_devices():
             assert_exact(AttentionRig(device, case, dtype).run_whole(data), case, data, device, dtype)
 
 
@@ -210,7 +210,7 @@ def test_equal_scores_average_the_values(kind: str) -> None:
     for window in (None, 5, 64):
         case = AttentionCase(2, 2, 8, (200,), window=window, kind=kind)
         data = [replace(sequences(case)[0], q=np.zeros((200, 2, 8), np.float32))]
-        for device in devices():
+        for device in host_devices():
             assert_exact(AttentionRig(device, case, FLOAT32).run_whole(data), case, data, device, FLOAT32)
 
 
@@ -234,7 +234,7 @@ def test_a_recycled_page_holds_nothing_of_its_last_owner(kind: str, dtype: np.dt
     case = AttentionCase(2, 1, 24, (100, 70), kind=kind)
     data = sequences(case)
     nan = [replace(s, k=np.full_like(s.k, np.nan), v=np.full_like(s.v, np.inf)) for s in data]
-    for device in devices():
+    for device in host_devices():
         fresh = AttentionRig(device, case, dtype).run_whole(data)
         rig = AttentionRig(device, case, dtype)
         with np.errstate(invalid="ignore"):
@@ -277,7 +277,7 @@ def test_sinks_and_a_window(case: AttentionCase, dtype: np.dtype) -> None:
     data = sequences(case)
     sink_pages, chunk = -(-case.sink // PAGE), 50
     ring = Ring(sink_pages, -(-((case.window or 0) + chunk) // PAGE) + 1)
-    for device in devices() if max(case.lengths) < 1000 else cpu_devices():
+    for device in host_devices() if max(case.lengths) < 1000 else cpu_devices():
         whole = AttentionRig(device, case, dtype).run_whole(data)
         assert_exact(whole, case, data, device, dtype)
         recycled = AttentionRig(device, replace(case, ring=ring), dtype).run_chunks(data, chunk)
@@ -330,7 +330,7 @@ def test_a_single_nan_is_not_hidden(kind: str, dtype: np.dtype) -> None:
 
 
 def test_unsuitable_shapes_are_refused() -> None:
-    rig = AttentionRig(devices()[0], AttentionCase(4, 2, 8, (3,)), FLOAT32)
+    rig = AttentionRig(host_devices()[0], AttentionCase(4, 2, 8, (3,)), FLOAT32)
     inputs = rig.step.tensors
     where = (rig.kv, inputs["pos"], inputs["seq"], inputs["page_table"])
     with pytest.raises(UsageError, match="attn: 3 heads do not divide by 2 KV heads"):

@@ -15,8 +15,8 @@ from harness import (
     assert_close,
     assert_same_bits,
     cpu_devices,
-    devices,
     error_limit,
+    host_devices,
     normal,
     sequences,
     softmax,
@@ -67,7 +67,7 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: list[int], window:
 def test_plain_arrays(kind: str) -> None:
     """Several sequences, each at a position of its own; the last query sees the last key by default."""
     q, k, v = values(0, batch=2, seq=5, keys=70)
-    for device in devices():
+    for device in host_devices():
         for dtype in (FLOAT32, BFLOAT16, FLOAT16):
             layer, limit = KINDS[kind](HEADS, device=device), error_limit(device, dtype)
             cache = k.astype(dtype), v.astype(dtype)
@@ -80,7 +80,7 @@ def test_plain_arrays(kind: str) -> None:
 def test_a_layer_of_a_cache_of_several(kind: str) -> None:
     q, k, v = values(1, batch=1, seq=1, keys=66)
     k, v = (np.stack([np.full_like(x, np.nan), x, np.full_like(x, np.inf)]) for x in (k, v))
-    for device in devices():
+    for device in host_devices():
         out = KINDS[kind](HEADS, device=device).forward(q, k, v, layer_index=1)
         assert_close(out, exact(q, k[1], v[1], [65]), error_limit(device, FLOAT32), device.description)
 
@@ -89,7 +89,7 @@ def test_scale_window_and_contiguity() -> None:
     q, k, v = values(2, batch=1, seq=40, keys=40)
     wanted = exact(q, k, v, [0], window=7, scale=0.3)
     turned = tuple(np.asfortranarray(x) for x in (q, k, v))
-    for device in devices():
+    for device in host_devices():
         for kind in KINDS:
             layer = KINDS[kind](HEADS, 0.3, 7, device=device)
             assert_close(layer.forward(q, k, v), wanted, error_limit(device, FLOAT32), (device.description, kind))
@@ -97,7 +97,7 @@ def test_scale_window_and_contiguity() -> None:
 
 
 def test_the_layers_know_where_they_run() -> None:
-    for device in devices():
+    for device in host_devices():
         assert MultiHeadAttention(1, device=device).device_type == device.type
 
 
@@ -122,12 +122,12 @@ def test_arrays_that_do_not_fit_are_refused(change: Any, message: str) -> None:
     arrays = change(*values(3, batch=2, seq=5, keys=20))
     for kind in KINDS:
         with pytest.raises(UsageError, match=f"attn: .*{message}"):
-            KINDS[kind](HEADS, name="attn", device=devices()[0]).forward(*arrays)
+            KINDS[kind](HEADS, name="attn", device=host_devices()[0]).forward(*arrays)
 
 
 def test_positions_and_layers_that_are_not_there_are_refused() -> None:
     q, k, v = values(4, batch=1, seq=5, keys=20)
-    layer = FlashAttention(HEADS, name="attn", device=devices()[0])
+    layer = FlashAttention(HEADS, name="attn", device=host_devices()[0])
     for pos in (-1, 16, [99], 2**31 - 2, 2**40):
         with pytest.raises(UsageError, match="attn: 5 queries from position"):
             layer.forward(q, k, v, pos=pos)
@@ -177,7 +177,7 @@ def test_auto_changes_the_kind_with_the_position(monkeypatch: pytest.MonkeyPatch
 
 def test_the_table_has_what_every_device_asks_for() -> None:
     assert TABLE.exists() and "other" in _table()["other"]
-    for device in devices():
+    for device in host_devices():
         for dtype in (FLOAT32, BFLOAT16, FLOAT16, np.dtype(np.int8)):
             for head_dim in (8, 64, 96, 128, 384):
                 for kind in ("flash", "streaming"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import CACHE_DTYPES, devices, rounds_to_bf16
+from harness import CACHE_DTYPES, host_devices, rounds_to_bf16
 
 from demo import attention, attention_sweep, benchmark_plot
 from demo.attention_rig import AttentionRig, AttentionShape, scratch_bytes
@@ -31,7 +31,7 @@ SHAPES = (
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=["full", "window", "sinks"])
 def test_the_rig_computes_what_numpy_means(shape: AttentionShape, dtype: np.dtype) -> None:
-    for device in devices():
+    for device in host_devices():
         for kind in ["streaming"] if shape.sink else ["standard", "flash", "streaming"]:
             rig = AttentionRig(device, shape, kind, dtype)
             rig.store()
@@ -44,7 +44,7 @@ def test_the_rig_computes_what_numpy_means(shape: AttentionShape, dtype: np.dtyp
 
 def test_the_rig_attends_to_what_it_stored_in_parts() -> None:
     """A cache longer than a step: every position counts, and is random."""
-    device = devices()[-1]
+    device = host_devices()[-1]
     shape = AttentionShape(2, 1, 16, (1200,))
     rig = AttentionRig(device, shape, "flash", rows=1)
     rig.store()
@@ -54,7 +54,7 @@ def test_the_rig_attends_to_what_it_stored_in_parts() -> None:
 
 
 def test_the_rig_finds_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = AttentionRig(devices()[-1], AttentionShape(2, 2, 16, (40,)))
+    rig = AttentionRig(host_devices()[-1], AttentionShape(2, 2, 16, (40,)))
     rig.store()
     assert rig.error() <= 1e-5
     rig.out.storage[17, 3] += 0.5
@@ -77,18 +77,18 @@ def test_scores_are_counted(shape: AttentionShape) -> None:
 
 def test_sinks_are_for_streaming() -> None:
     with pytest.raises(UsageError, match="sink 2: belongs to streaming"):
-        AttentionRig(devices()[0], AttentionShape(2, 2, 16, (9,), window=4, sink=2), "flash")
+        AttentionRig(host_devices()[0], AttentionShape(2, 2, 16, (9,), window=4, sink=2), "flash")
 
 
 def test_scratch_is_the_attention_nodes_share_of_a_thread() -> None:
     def scratch(kind: str, length: int) -> int:
-        found = scratch_bytes(AttentionRig(devices()[-1], AttentionShape(2, 2, 16, (length,)), kind).plan)
+        found = scratch_bytes(AttentionRig(host_devices()[-1], AttentionShape(2, 2, 16, (length,)), kind).plan)
         assert found is not None
         return found
 
     assert scratch("standard", 4096) > scratch("standard", 1024) + 4 * 3072
     assert scratch("flash", 4096) == scratch("flash", 1024) > 0
-    assert scratch_bytes(AttentionRig(devices()[0], AttentionShape(2, 2, 16, (9,))).plan) is None
+    assert scratch_bytes(AttentionRig(host_devices()[0], AttentionShape(2, 2, 16, (9,))).plan) is None
 
 
 # demo.attention.

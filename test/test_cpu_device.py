@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import WEIGHT_DTYPES, WIDTHS, cpu_devices, devices, isa_pairs, normal
+from harness import WEIGHT_DTYPES, WIDTHS, cpu_devices, host_devices, isa_pairs, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,7 +130,7 @@ def test_a_packed_matrix_unpacks_to_what_it_was(dtype: np.dtype) -> None:
     rng = np.random.default_rng(0)
     for outputs, inputs in (*((width, 33) for width in WIDTHS), *((17, width) for width in WIDTHS)):
         values = normal(rng, outputs, inputs, dtype=dtype)
-        for device in (*devices(), isa_pairs()[-1][1]):
+        for device in (*host_devices(), isa_pairs()[-1][1]):
             weight = matrix("w", [values])
             device.load([weight])
             unpacked = device.download(weight)
@@ -145,7 +145,7 @@ def test_a_packed_matrix_unpacks_to_what_it_was(dtype: np.dtype) -> None:
 
 def test_several_weights_share_an_arena_without_overlapping() -> None:
     rng = np.random.default_rng(1)
-    for device in devices():
+    for device in host_devices():
         shapes = zip((17, 1, 30), (5, 3, 7), WEIGHT_DTYPES, strict=True)
         arrays = [normal(rng, n, k, dtype=d) for n, k, d in shapes]
         weights: list[Weight] = [matrix(str(i), [a]) for i, a in enumerate(arrays)]

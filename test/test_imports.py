@@ -35,7 +35,7 @@ NEVER = {
 # Package -> the only modules that import it.
 ONLY = {
     "cffi": {"engine.abi"},
-    "pycuda": {"engine.device.cuda"},
+    "pycuda": {"engine.cuda_driver"},
     "mpi4py": {"engine.comm"},
     "huggingface_hub": {"engine.model_files"},
     "torch": {"tools"},

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import devices, isa_pairs
+from harness import host_devices, isa_pairs
 
 from demo.profile_report import table
 from engine import LLM, RillError, SamplingParams, profile
@@ -203,7 +203,7 @@ def found_threads(llm: LLM) -> int:
 
 
 def test_times_are_in_order_and_end_where_the_plan_fails() -> None:
-    for device in (*devices(), isa_pairs()[-1][1]):
+    for device in (*host_devices(), isa_pairs()[-1][1]):
         embedding = Embedding(np.ones((4, 8), np.float32), device=device)
         norm = RMSNorm(np.ones(8, np.float32), 1e-6, device=device)
         device.load([embedding.table, norm.weight])

@@ -1,0 +1,341 @@
+"""The CUDA device: weights and pages in the memory of a GPU, a plan as launches of kernels on one stream."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine import abi, cuda_driver, cuda_launches
+from engine.cuda_launches import Launch, row_bytes
+from engine.device import Cancelled, Device, Program, Progress
+from engine.device.cpu import failure
+from engine.device_array import Allocation, DeviceArray
+from engine.errors import RillError, UsageError
+from engine.int8 import Int8Array, dequantise, quantise
+
+if TYPE_CHECKING:
+    from engine.cuda_driver import Driver
+    from engine.layer import Weight
+    from engine.plan import Node, Plan, Tensor
+
+MAX_RECORDED = 256  # steps of different shapes that are remembered to be recorded
+STAGED = 8 << 20  # bytes of a weight that are on their way at once
+UINT8 = np.dtype(np.uint8)
+
+
+def open(isa: str, threads: int | None, sharing: int = 1) -> CUDADevice:
+    if isa != "auto":
+        raise UsageError(f"isa {isa!r}: the cuda device has none to choose")
+    return CUDADevice(cuda_driver.open_driver())
+
+
+class Mirror:
+    """Memory of the host that it goes on writing into, and its copy on the device."""
+
+    def __init__(self, driver: Driver, host: np.ndarray) -> None:
+        self.driver, self.host = driver, host
+        self.start = abi.address(host)
+        self.allocation = Allocation(driver, host.nbytes)
+        driver.pin(host)
+
+    def send(self) -> None:
+        self.driver.send(self.allocation.address, self.host)
+
+    def address_of(self, array: np.ndarray) -> int:
+        return self.allocation.address + abi.address(array) - self.start
+
+
+class CUDADevice(Device):
+    type = "cuda"
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver, self.description = driver, driver.description
+        self.stop, self.notes = False, []
+        self.control = DeviceArray(Allocation(driver, abi.ffi.sizeof("struct control")), (3,), np.dtype(np.int32))
+        self.control[:] = 0
+        self.mirrors: weakref.WeakKeyDictionary[Tensor, Mirror] = weakref.WeakKeyDictionary()
+
+    # Storage: a DeviceArray, of a dense tensor in its logical shape, of any other its bytes. A shared tensor's is the
+    # host's array, with a mirror on the device.
+
+    def allocate(self, tensors: Sequence[Tensor]) -> None:
+        if tensors[0].layout == "cache":
+            for tensor in tensors:
+                tensor.storage = self._zeroed((self._cache_bytes(tensor),), UINT8)
+            return
+        sizes = [int(np.prod(t.shape, dtype=np.int64)) * t.dtype.itemsize for t in tensors]
+        buffer = self._zeroed((max(sizes),), UINT8)
+        for tensor in tensors:
+            tensor.storage = buffer.part(0, tensor.shape, tensor.dtype)
+
+    def _zeroed(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
+        array = self._array(shape, dtype)
+        self.driver.fill(array.address, 0, array.nbytes)
+        return array
+
+    def _array(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        free = self.driver.free_memory()
+        if size > free:
+            raise RillError(f"GPU memory: {size:,} bytes are needed, {free:,} are free: take a smaller model, or a "
+                            "shorter context")  # fmt: skip
+        return DeviceArray(Allocation(self.driver, max(size, 1)), shape, dtype)
+
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
+        for weight in weights:
+            if weight.group:
+                raise UsageError(f"{weight.name}: the cuda device has no {weight.dtype.name} weights yet; dtype='float32' "
+                                 "widens those of a file")  # fmt: skip
+        total, done = sum(self.weight_bytes(weight) for weight in weights), 0
+        arena = self._array((total,), UINT8)
+        for weight in weights:
+            size = self.weight_bytes(weight)
+            memory = arena.part(done, (size,), UINT8)
+            if weight.layout == "matrix":
+                weight.storage = memory
+                self._load_matrix(weight)
+            else:
+                weight.storage = memory.part(0, weight.shape, weight.dtype)
+                parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
+                self.driver.write(memory.address, np.concatenate([part.astype(weight.dtype) for part in parts]))
+            done += size
+            if progress:
+                progress(done, total)
+        self.driver.synchronise()
+
+    def _load_matrix(self, weight: Weight) -> None:
+        """Reads rows into one small pinned buffer while another is on its way."""
+        size, width = self._row_bytes(weight), weight.shape[1] * weight.dtype.itemsize
+        step = max(1, STAGED // size)
+        for start in range(0, weight.shape[0], step):
+            stop = min(start + step, weight.shape[0])
+            staged = self.driver.staging((stop - start) * size).reshape(-1, size)
+            staged[:, :width] = np.ascontiguousarray(weight.stacked_rows(start, stop)).view(np.uint8)
+            staged[:, width:] = 0
+            self.driver.send(weight.storage.address + start * size, staged)
+
+    def _row_bytes(self, weight: Tensor) -> int:
+        return row_bytes(weight.shape[1], weight.dtype.itemsize)
+
+    def weight_bytes(self, weight: Weight) -> int:
+        if weight.layout == "matrix":
+            return weight.shape[0] * self._row_bytes(weight)
+        return row_bytes(int(np.prod(weight.shape, dtype=np.int64)), weight.dtype.itemsize)
+
+    def cache_bytes(self, dtype: np.dtype, head_dim: int) -> int:
+        scale = 4 if dtype == abi.INT8 else 0
+        return int(2 * abi.constants.PAGE * (row_bytes(head_dim, dtype.itemsize) + scale))
+
+    def _cache_bytes(self, tensor: Tensor) -> int:
+        pages, _, heads, _, head_dim = tensor.shape
+        return pages * heads * self.cache_bytes(tensor.dtype, head_dim)
+
+    def upload(self, tensor: Tensor, array: np.ndarray) -> None:
+        if tensor.storage is None:
+            self.allocate([tensor])
+        if tensor.layout == "cache":
+            tensor.storage[:] = pack_cache(tensor, array)
+        else:
+            tensor.owner.storage[...] = array
+
+    def share(self, tensor: Tensor, array: np.ndarray) -> None:
+        root = array
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        mirror = next((m for m in self.mirrors.values() if m.start == abi.address(root)), None)
+        tensor.storage = array
+        self.mirrors[tensor] = mirror or Mirror(self.driver, root.reshape(-1).view(np.uint8))
+
+    def download(self, tensor: Tensor) -> Any:
+        if tensor.layout == "matrix":
+            return DeviceMatrix(tensor)
+        if tensor.layout == "cache":
+            return unpack_cache(tensor)
+        array = tensor.owner.storage
+        count = int(tensor.rows.storage[0]) if tensor.rows else len(array)
+        array = array[:count].copy() if isinstance(array, np.ndarray) else array.rows(0, count)
+        return array[..., tensor.column : tensor.column + tensor.width] if tensor.base else array
+
+    def address(self, tensor: Tensor) -> int:
+        owner = tensor.owner
+        start = self.mirrors[owner].address_of(owner.storage) if owner in self.mirrors else owner.storage.address
+        return int(start + tensor.column * tensor.dtype.itemsize)
+
+    # What the GPU can do at best.
+
+    def read_limit(self, size: int = 2 << 30) -> float:
+        """Bytes a second that are read from its memory: the limit of decoding. Measured now, the best of a few."""
+        memory = self._array((min(size, self.driver.free_memory() // 2),), UINT8)
+        self.driver.fill(memory.address, 0x5A, memory.nbytes)
+        launch = cuda_launches.read_memory(memory.nbytes // 16)
+        return memory.nbytes / self._least_seconds(launch, [memory.address, memory.nbytes // 16, 0])
+
+    def multiply_limit(self, dtype: np.dtype, rounds: int = 20_000) -> float:
+        """Floating-point operations a second of products with weights or a cache of that dtype: bf16 by tensor cores,
+        everything else by multiply-adds. Measured now, the best of a few."""
+        launch, operations = cuda_launches.multiply("bf16" if dtype == abi.BFLOAT16 else "f32")
+        return operations * rounds / self._least_seconds(launch, [0, 0, rounds])
+
+    def _least_seconds(self, launch: Launch, numbers: list[int]) -> float:
+        scratch = self._zeroed((16,), UINT8)
+        team = [self.control.address, scratch.address, 0]
+        run = self.driver.bind(launch, np.array(numbers + team, np.uint64).tobytes())
+        times = []
+        for _ in range(5):
+            marks = [self.driver.mark()]
+            run()
+            marks.append(self.driver.mark())
+            begin, end = self.driver.nanoseconds(marks)
+            times.append(max(end - begin, 1) * 1e-9)
+        return min(times)
+
+    # Replay.
+
+    def runs(self, op_name: str) -> bool:
+        return hasattr(cuda_launches, op_name)
+
+    def lower(self, plan: Plan) -> Program:
+        return CUDAProgram(self, plan)
+
+    def cancel(self, flag: bool) -> None:
+        self.stop = flag
+
+
+class CUDAProgram(Program):
+    """Every node's launches, made when a number of rows is first met."""
+
+    def __init__(self, device: CUDADevice, plan: Plan) -> None:
+        self.device, self.driver, self.nodes = device, device.driver, plan.nodes
+        self.structs = [abi.fill_struct(node, device.address) for node in plan.nodes]
+        self.counts = list({node.rows: None for node in plan.nodes})
+        self.mirrors = {device.mirrors[t] for node in plan.nodes for t in [*node.tensors.values(), node.rows]
+                        if t in device.mirrors}  # fmt: skip
+        self.scratch = device._array((max(self._scratch_bytes(), 1),), UINT8)
+        self.bound: dict[tuple[int, int], list[Callable[[], None]]] = {}
+        self.recorded: dict[Any, Callable[[], None] | None] = {}
+
+    def _scratch_bytes(self) -> int:
+        """The most that any launch needs: of all rows, or of as many as are still cut into ranges."""
+        most = 0
+        for i, node in enumerate(self.nodes):
+            for rows in {max_rows(node), min(max_rows(node), int(cuda_launches.n.SPLIT_ROWS))}:
+                most = max(most, *(launch.share * launch.shares for launch in self._launches(i, rows)))
+        return most
+
+    def _launches(self, index: int, rows: int) -> list[Launch]:
+        launches: list[Launch] = getattr(cuda_launches, self.nodes[index].op.name)(self.structs[index], rows)
+        return launches
+
+    def _bind(self, index: int, rows: int) -> list[Callable[[], None]]:
+        """The launches of a node, ready to be called."""
+        key = index, rows
+        if key not in self.bound:
+            struct = bytes(abi.ffi.buffer(self.structs[index]))
+            self.bound[key] = [
+                self.driver.bind(launch, struct + self._team(launch.share))
+                for launch in self._launches(index, rows)
+                if min(launch.grid) > 0
+            ]
+        return self.bound[key]
+
+    def _team(self, share: int) -> bytes:
+        """struct team of common.cuh."""
+        return np.array([self.device.control.address, self.scratch.address, share], np.uint64).tobytes()
+
+    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
+        for mirror in self.mirrors:
+            mirror.send()
+        rows = {tensor: int(tensor.storage[0]) for tensor in self.counts}
+        if times is not None:
+            self._run_timed(first, last, rows, times)
+        else:
+            self._replay(first, last, rows)
+        self.driver.synchronise()
+        if self.device.stop:
+            raise Cancelled
+        status, detail = self.device.control[1:].tolist()
+        if status:
+            self.device.control[:] = 0
+            raise failure(status, detail)
+
+    def _replay(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
+        """Launches; what is asked for a second time is recorded, where the driver can, and from then on one launch."""
+        key = (first, last, *rows.values())
+        recorded = self.recorded.get(key)
+        if recorded is not None:
+            recorded()
+            return
+        if key in self.recorded and self.driver.records and len(self.recorded) <= MAX_RECORDED:
+            self.recorded[key] = self.driver.record(lambda: self._launch(first, last, rows))
+            self._replay(first, last, rows)
+            return
+        self.recorded[key] = None
+        self._launch(first, last, rows)
+
+    def _launch(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
+        for i in range(first, last):
+            if self.device.stop:
+                return
+            for launch in self._bind(i, rows[self.nodes[i].rows]):
+                launch()
+
+    def _run_timed(self, first: int, last: int, rows: dict[Tensor, int], times: np.ndarray) -> None:
+        marks = [self.driver.mark()]
+        for i in range(first, last):
+            self._launch(i, i + 1, rows)
+            marks.append(self.driver.mark())
+        at = self.driver.nanoseconds(marks)
+        for i in range(last - first):
+            times[0, i] = at[i], at[i + 1], at[i + 1]  # nobody to wait for
+
+
+def max_rows(node: Node) -> int:
+    return max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
+
+
+class DeviceMatrix:
+    """A matrix as the oracle sees it: rows are fetched and widened when they are asked for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
+        self.row_bytes = row_bytes(tensor.shape[1], tensor.dtype.itemsize)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.shape[0])
+            return self._fetch(start, stop - start)
+        return np.concatenate([self._fetch(int(row), 1) for row in rows])
+
+    def _fetch(self, first: int, count: int) -> np.ndarray:
+        raw = self.tensor.storage.part(first * self.row_bytes, (count, self.row_bytes), UINT8).copy()
+        values = raw.view(self.dtype)[:, : self.shape[1]]
+        return values.astype(np.float32)
+
+
+def _cache_views(tensor: Tensor, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Writable views of a cache's bytes: [pages, 2, heads, PAGE, head_dim], and the scales of int8 without the last."""
+    pages, _, heads, page, head_dim = tensor.shape
+    size = row_bytes(head_dim, tensor.dtype.itemsize)
+    count = pages * heads * 2 * page * size
+    positions = raw[:count].view(tensor.dtype).reshape(pages, heads, 2, page, -1)[..., :head_dim]
+    scales = raw[count:].view(np.float32).reshape(pages, heads, 2, page) if tensor.dtype == abi.INT8 else None
+    return positions.swapaxes(1, 2), None if scales is None else scales.swapaxes(1, 2)
+
+
+def unpack_cache(tensor: Tensor) -> np.ndarray:
+    """The logical cache; what int8 stands for as float32."""
+    values, scales = _cache_views(tensor, tensor.storage.copy())
+    return values if scales is None else dequantise(values, scales).view(Int8Array)
+
+
+def pack_cache(tensor: Tensor, array: np.ndarray) -> np.ndarray:
+    """The bytes of a logical cache."""
+    raw = np.zeros(tensor.storage.shape, np.uint8)
+    values, scales = _cache_views(tensor, raw)
+    if scales is not None:
+        array, scales[...] = quantise(array)
+    values[...] = array
+    return raw

@@ -1,0 +1,51 @@
+# Builds the kernels. Run it through `make cuda` or `make emulation`, from the root.
+#
+#   cuda       $(LIBRARIES)/cuda/<source>.fatbin, where nvcc is found: machine code for each of CUBINS, and PTX for
+#              later GPUs, of which the driver takes what suits
+#   emulation  build/cuda/libcuda_emulation.so: the same sources by the host's C++ compiler, for tests
+NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CXX ?= c++
+CUBINS ?= 80 89 90a
+PTX ?= 80
+LIBRARIES ?= engine/_native
+BUILD := build/cuda
+SOURCES := $(wildcard native/cuda/*.cu)
+NAMES := $(notdir $(SOURCES:.cu=))
+HEADERS := $(wildcard native/cuda/*.h native/cuda/*.cuh) native/abi.h
+
+.PHONY: cuda emulation
+.DELETE_ON_ERROR:
+
+NVCC_FLAGS := -std=c++17 -Inative -Inative/cuda -O3 -Werror all-warnings --Wno-deprecated-gpu-targets \
+              $(foreach arch,$(CUBINS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+              $(foreach arch,$(PTX),-gencode arch=compute_$(arch),code=compute_$(arch)) $(NVCCFLAGS)
+FATBINS := $(NAMES:%=$(LIBRARIES)/cuda/%.fatbin)
+
+ifeq (,$(NVCC))
+cuda:
+	@echo 'no nvcc: the CUDA kernels are not built (put it on the PATH, or name it: make NVCC=... cuda)'
+else
+cuda: $(FATBINS) $(LIBRARIES)/cuda/launch.h
+	@cd $(LIBRARIES)/cuda && for file in *.fatbin; do \
+	    case ' $(NAMES:%=%.fatbin) ' in *" $$file "*) ;; *) rm -f $$file ;; esac; done
+endif
+
+$(LIBRARIES)/cuda/%.fatbin: native/cuda/%.cu $(HEADERS) native/cuda/build.mk
+	@mkdir -p $(@D) && echo 'cuda: $<'
+	@$(NVCC) $(NVCC_FLAGS) -fatbin $< -o $@
+$(LIBRARIES)/cuda/launch.h: native/cuda/launch.h
+	@cp $< $@
+
+CXX_FLAGS := -std=c++17 -Inative -Inative/cuda -O2 -fPIC -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas $(CXXFLAGS)
+OBJECTS := $(NAMES:%=$(BUILD)/%.o) $(BUILD)/emulation.o
+
+emulation: $(BUILD)/libcuda_emulation.so
+
+$(BUILD)/%.o: native/cuda/%.cu $(HEADERS)
+	@mkdir -p $(@D) && echo 'emulation: $<'
+	@$(CXX) $(CXX_FLAGS) -x c++ -c $< -o $@
+$(BUILD)/%.o: native/cuda/%.cpp $(HEADERS)
+	@mkdir -p $(@D) && echo 'emulation: $<'
+	@$(CXX) $(CXX_FLAGS) -c $< -o $@
+$(BUILD)/libcuda_emulation.so: $(OBJECTS)
+	@$(CXX) -shared $(OBJECTS) -o $@.$$$$ && mv -f $@.$$$$ $@

@@ -1,0 +1,29 @@
+/* A block for each row. */
+#include "common.cuh"
+
+template <class T> DEVICE void widen_row(const void *table, int64_t row, int width, float *out)
+{
+    const T *from = (const T *)((const char *)table + row * row_bytes<T>(width));
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        out[i] = to_float(from[i]);
+}
+
+KERNEL(embedding, embedding, MAX_THREADS)
+{
+    for (int64_t row = blockIdx.x; row < *op.rows; row += gridDim.x) {
+        int32_t token = op.token[row];
+        int32_t entry = token - op.first_id;
+        float *out = op.out + row * op.out_width;
+        if (token < 0 || token >= op.vocab_size)
+            fail(team, STATUS_TOKEN, (int32_t)row);
+        else if (entry < 0 || entry >= op.ids)
+            for (int i = threadIdx.x; i < op.out_width; i += blockDim.x)
+                out[i] = 0.0f;
+        else if (op.table_dtype == DTYPE_F32)
+            widen_row<float>(op.table, entry, op.out_width, out);
+        else if (op.table_dtype == DTYPE_BF16)
+            widen_row<struct bf16>(op.table, entry, op.out_width, out);
+        else
+            widen_row<struct f16>(op.table, entry, op.out_width, out);
+    }
+}

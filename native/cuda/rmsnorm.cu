@@ -1,0 +1,31 @@
+/* A block for each vector. */
+#include "common.cuh"
+
+DEVICE void normalise(const float *x, const float *weight, float *out, int width, float eps)
+{
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        sum += x[i] * x[i];
+    float scale = 1.0f / sqrtf(block_sum(sum) / (float)width + eps);
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        out[i] = x[i] * scale * weight[i];
+}
+
+KERNEL(rmsnorm, rmsnorm, MAX_THREADS)
+{
+    for (int i = blockIdx.x; i < *op.rows * op.groups; i += gridDim.x) {
+        int64_t row = i / op.groups, column = i % op.groups * (int64_t)op.weight_width;
+        normalise(op.x + row * op.x_stride + column, op.weight, op.out + row * op.out_stride + column, op.weight_width,
+                  op.eps);
+    }
+}
+
+KERNEL(add_rmsnorm, add_rmsnorm, MAX_THREADS)
+{
+    for (int64_t row = blockIdx.x; row < *op.rows; row += gridDim.x) {
+        float *x = op.x + row * op.x_stride;
+        for (int i = threadIdx.x; i < op.weight_width; i += blockDim.x)
+            x[i] += op.delta[row * op.delta_stride + i];
+        normalise(x, op.weight, op.out + row * op.out_stride, op.weight_width, op.eps);
+    }
+}

@@ -1,0 +1,132 @@
+"""A GPU for tests, on the CPU: the kernels as native/cuda/emulation.h runs them, behind the driver's interface.
+
+Memory is the host's, with guards around every allocation that must be found unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import abi
+from engine.cuda_launches import Launch
+from engine.device.cuda import CUDADevice
+
+ROOT = Path(__file__).parent.parent
+GUARD = 64  # bytes on either side of an allocation
+GUARD_BYTE = 0xA5
+
+
+class EmulatedDriver:
+    records = False
+
+    def __init__(self, library: Any, backwards: bool = False) -> None:
+        self.library, self.backwards = library, backwards
+        self.description = "emulated GPU" + (" backwards" if backwards else "")
+        self.memory: dict[int, np.ndarray] = {}
+        self.launched: list[Launch] = []  # for tests that ask what a node became
+
+    def free_memory(self) -> int:
+        return 8 << 30
+
+    def allocate(self, size: int) -> int:
+        whole = np.full(size + 2 * GUARD + 256, GUARD_BYTE, np.uint8)
+        address = -(-(abi.address(whole) + GUARD) // 256) * 256  # as aligned as a GPU's
+        start = address - abi.address(whole)
+        guarded = whole[start - GUARD : start + size + GUARD]
+        guarded[GUARD : GUARD + size] = 0xFF
+        self.memory[address] = guarded
+        return address
+
+    def free(self, address: int) -> None:
+        del self.memory[address]
+
+    def _bytes(self, address: int, size: int) -> np.ndarray:
+        return np.frombuffer(abi.ffi.buffer(abi.ffi.cast("char *", address), size), np.uint8)
+
+    def fill(self, address: int, byte: int, size: int) -> None:
+        if size:
+            self._bytes(address, size)[:] = byte
+
+    def read(self, address: int, into: np.ndarray) -> None:
+        if into.nbytes:
+            into.reshape(-1).view(np.uint8)[:] = self._bytes(address, into.nbytes)
+
+    def write(self, address: int, data: np.ndarray) -> None:
+        if data.nbytes:
+            self._bytes(address, data.nbytes)[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+    def pin(self, host: np.ndarray) -> None:
+        pass
+
+    def staging(self, size: int) -> np.ndarray:
+        return np.empty(size, np.uint8)
+
+    def send(self, address: int, data: np.ndarray) -> None:
+        self.write(address, data)
+
+    def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
+        kernel = abi.ffi.addressof(self.library, f"{launch.kernel}_kernel")
+        held = abi.ffi.new("char[]", arguments)
+
+        def call() -> None:
+            self.launched.append(launch)
+            error = self.library.emulate(kernel, *launch.grid, launch.threads, launch.shared, held, self.backwards)
+            assert error == abi.ffi.NULL, f"{launch}: {abi.ffi.string(error).decode()}"
+
+        return call
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        return launches
+
+    def synchronise(self) -> None:
+        for address, memory in self.memory.items():
+            guards = np.concatenate([memory[:GUARD], memory[-GUARD:]])
+            assert (guards == GUARD_BYTE).all(), f"a kernel wrote outside the allocation at {address:#x}"
+
+    def mark(self) -> int:
+        return time.perf_counter_ns()
+
+    def nanoseconds(self, marks: Sequence[int]) -> list[int]:
+        return list(marks)
+
+
+@cache
+def library() -> Any:
+    """The emulation, built now unless it is up to date; None without a C++ compiler."""
+    if shutil.which("c++") is None or shutil.which("make") is None:
+        return None
+    subprocess.run(["make", "-s", "-f", "native/cuda/build.mk", "emulation"], cwd=ROOT, check=True)
+    names = [kernel for source in sorted((ROOT / "native" / "cuda").glob("*.cu")) for kernel in kernels_of(source)]
+    abi.ffi.cdef("".join(f"void {name}_kernel(const void *arguments);" for name in names))
+    abi.ffi.cdef("""const char *emulate(void (*kernel)(const void *), uint32_t grid_x, uint32_t grid_y, uint32_t grid_z,
+                    uint32_t threads, uint32_t shared_bytes, const void *arguments, int32_t backwards);""")
+    return abi.ffi.dlopen(str(ROOT / "build" / "cuda" / "libcuda_emulation.so"))
+
+
+def kernels_of(source: Path) -> list[str]:
+    """The kernels that a source defines, by themselves or for each use of KERNELS(…)."""
+    text = source.read_text("utf-8")
+    names = re.findall(r"^ *KERNEL\(([\w#]+),", text, re.M)
+    parameter = re.findall(r"#define KERNELS\((\w+)", text)
+    families = re.findall(r"^KERNELS\((\w+)", text, re.M)
+    made = [name.split("##") for name in names if "##" in name]
+    return [name for name in names if "##" not in name] + [
+        "".join(family if part == parameter[0] else part for part in parts) for family in families for parts in made
+    ]
+
+
+@cache
+def emulated_devices() -> tuple[CUDADevice, ...]:
+    """The GPU with its threads in order and in reverse: results that differ betray a missing barrier. None where there
+    is no C++ compiler."""
+    opened = library()
+    return () if opened is None else tuple(CUDADevice(EmulatedDriver(opened, order)) for order in (False, True))

@@ -1,0 +1,45 @@
+"""Whole models on a GPU in emulation: the tokens of the CPU, and those of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulated_cuda import emulated_devices
+
+from engine import LLM, SamplingParams, cuda_driver
+from engine.device.cuda import CUDADevice
+from engine.verify import verify
+
+BUNDLED = Path(__file__).parent.parent / "models"
+PROMPT = "Once upon a time"
+
+pytestmark = pytest.mark.skipif(not emulated_devices(), reason="no C++ compiler for the emulation")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> CUDADevice:
+    """device="cuda" opens the emulation."""
+    device = emulated_devices()[0]
+    monkeypatch.setattr(cuda_driver, "open_driver", lambda: device.driver)
+    return device
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-llama"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"attention": "streaming", "window": 8, "sink": 2}],
+                         ids=["stored", "float32", "window"])  # fmt: skip
+def test_greedy_tokens_are_the_cpus(name: str, options: dict[str, Any]) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=4)
+    tokens = []
+    for device in ("cpu", "cuda"):
+        with LLM(str(BUNDLED / name), device=device, max_seq_len=128, **options) as llm:
+            tokens.append(list(llm.generate(PROMPT, greedy).token_ids))
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 4
+
+
+def test_every_node_is_the_oracles() -> None:
+    """Node by node on the emulated device's own inputs, weights included."""
+    for attention in ("standard", "flash"):
+        report = verify(str(BUNDLED / "tiny-qwen3"), list(range(20, 40)), gen_len=2, device="cuda", attention=attention)
+        assert report.passed, report.lines

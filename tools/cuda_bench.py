@@ -1,0 +1,91 @@
+"""Measures everything on a GPU and keeps the figures.
+
+    python -m tools.cuda_bench docs/results
+
+Runs the programs of demo/ one after the other, on a random model of Qwen3-0.6B's shape, and leaves what each of them
+prints or writes in the directory, with the commands and the GPU in cuda.json. A program that fails is noted there, and
+the rest still runs; the exit status tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from demo.artifacts import about_machine, write_json, write_whole
+from engine.device import open_device
+
+GPU = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem", "--format=csv"]
+
+
+def programs(model: str, results: Path) -> dict[str, str]:
+    """File to keep what it prints in -> arguments of a module."""
+    benchmark = f"demo.benchmark {model} --method cuda -o json"
+    sweep = f"demo.benchmark_plot --device cuda --T-max 131072 --head-dim 128 -o {results}/cuda-attention"
+    return {
+        "cuda-decode.json": f"{benchmark} --phase decode -n 128 -d 0,4096 -b 1,8",
+        "cuda-prefill.json": f"{benchmark} --phase prefill -p 512,2048",
+        "cuda-attention.md": "demo.attention --device cuda",
+        "cuda-attention-dense.md": f"{sweep}-exact --heads 16 --kv-heads 8",
+        "cuda-attention-window.md": f"{sweep}-window --heads 16 --kv-heads 16 --window 64 --sink 16",
+        "cuda-attention-wide.md": f"{sweep}-wide --heads 64 --kv-heads 8 --window 64 --sink 16",
+    }
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    print("+", shlex.join(command), flush=True)
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def measure(results: Path, model: str) -> list[dict[str, Any]]:
+    """Runs every program; what became of each."""
+    records = []
+    for file, arguments in programs(model, results).items():
+        command = [sys.executable, "-m", *arguments.split()]
+        start = time.perf_counter()
+        done = run(command)
+        if not done.returncode:
+            text = done.stdout
+            write_whole(results / file, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
+        print(done.stdout if not done.returncode else done.stderr, flush=True)
+        records.append({"command": shlex.join(["python", *command[1:]]), "file": file, "status": done.returncode,
+                        "seconds": round(time.perf_counter() - start, 1),
+                        "error": done.stderr.strip().splitlines()[-1:] if done.returncode else []})  # fmt: skip
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.cuda_bench", description=__doc__)
+    parser.add_argument("results", type=Path, help="directory for the figures")
+    parser.add_argument("--preset", default="qwen3-0.6b", help="of the random model; by default qwen3-0.6b")
+    options = parser.parse_args(arguments)
+    options.results.mkdir(parents=True, exist_ok=True)
+    device: Any = open_device("cuda")
+    limits = {"read": device.read_limit()}
+    with tempfile.TemporaryDirectory() as folder:
+        model = f"{folder}/{options.preset}"
+        made = run([sys.executable, "-m", "tools.random_model", "--preset", options.preset, model])
+        if made.returncode:
+            print(made.stderr, file=sys.stderr)
+            return 1
+        records = measure(options.results, model)
+    gpu = run(GPU).stdout.strip().splitlines()
+    write_json(options.results / "cuda.json",
+               {**about_machine(device), "gpu": gpu, "bytes_per_second": limits, "runs": records})  # fmt: skip
+    return int(any(record["status"] for record in records))
+
+
+if __name__ == "__main__":
+    from engine.errors import RillError
+
+    try:
+        sys.exit(main())
+    except RillError as error:
+        sys.exit(f"tools.cuda_bench: {error}")
