@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace, comm: Comm | None, device: Device) -> I
 def rounds_of(works: Sequence[SharedAttention], comm: Comm | None, least: int) -> list[list[float]]:
     """The seconds of each work in each round, after one to warm up. Rank 0 says how many there are."""
     first = sum(work.seconds() for work in works)
-    count = np.array([max(1, min(enough_rounds(first / len(works), least), int(PATIENCE / first)))], np.int32)
+    count = np.array([max(1, min(enough_rounds(first, least), int(PATIENCE / first)))], np.int32)
     if comm:
         comm.broadcast(count)
     rounds = [[work.seconds() for work in works] for _ in range(count[0])]

@@ -83,7 +83,7 @@ class Comm:
         self._waits_since: float | None = None
         self._header = np.zeros(4, np.int64)
         self.local, self.sharing = self._neighbours()
-        self._looks = LOOKS_IF_CROWDED if self.sharing > available_cores() else LOOKS
+        self._cores = available_cores()
         atexit.register(self.end)
         threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
 
@@ -93,6 +93,7 @@ class Comm:
         part.world = self.world.Split(self.rank >= count, self.rank)
         part.rank, part.size = int(part.world.rank), int(part.world.size)
         part.split = Split(part.rank, part.size)
+        part.sharing = min(self.sharing, count)
         return part
 
     def _neighbours(self) -> tuple[int, int]:
@@ -194,10 +195,11 @@ class Comm:
     def _wait(self, request: Any, watched: bool = True) -> None:
         """Looks again and again, later on with sleeps in between, the longer the longer it takes."""
         since, looks = time.monotonic(), 0
+        most_looks = LOOKS_IF_CROWDED if self.sharing > self._cores else LOOKS
         self._waits_since = since if watched else None
         while not request.Test():
             looks += 1
-            if looks > self._looks:
+            if looks > most_looks:
                 time.sleep(min((time.monotonic() - since) / 16, MOST_SLEEP))
         self._waits_since = None
 
