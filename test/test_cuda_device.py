@@ -122,7 +122,7 @@ def fake_cuda(**changed: Any) -> Any:
         raise FakeError("cuModuleLoad failed: no kernel image is available")
 
     gpu = SimpleNamespace(
-        retain_primary_context=lambda: SimpleNamespace(push=lambda: None),
+        retain_primary_context=lambda: SimpleNamespace(push=lambda: None, pop=lambda: None),
         compute_capability=lambda: (7, 5),
         name=lambda: "Old GPU",
     )

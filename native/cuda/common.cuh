@@ -51,15 +51,15 @@ DEVICE int64_t page_entry(int64_t page, int32_t sink_pages, int32_t ring_pages)
 
 /* A line of numbers as floats. */
 template <class T> struct per_line { enum { COUNT = LINE / sizeof(T) }; };
-template <class T> DEVICE void load_line(const void *at, float *out)
+template <class T> DEVICE void widen_line(uint4 bits, float *out)
 {
     T line[per_line<T>::COUNT];
-    uint4 bits = *(const uint4 *)at;
     memcpy(line, &bits, LINE);
 #pragma unroll
     for (int i = 0; i < per_line<T>::COUNT; i++)
         out[i] = to_float(line[i]);
 }
+template <class T> DEVICE void load_line(const void *at, float *out) { widen_line<T>(*(const uint4 *)at, out); }
 
 DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 DEVICE int max_of(int a, int b) { return a > b ? a : b; }

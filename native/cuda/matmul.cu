@@ -47,30 +47,45 @@ template <int COUNT> DEVICE void load_x(const float *x, int64_t left, float *out
         out[i] = i < left ? x[i] : 0.0f;
 }
 
-/* One output of up to ROWS rows by a warp: the order of the sums is the same for any number of rows. */
-template <class T, int ROWS> DEVICE void multiply_few(const struct product &p)
+/* Some inputs, one line of a row of the matrix, times all rows. */
+template <class T, int ROWS> DEVICE void add_line(const struct product &p, uint4 bits, int64_t at, float *sum)
 {
     enum { COUNT = per_line<T>::COUNT };
+    float w[COUNT];
+    widen_line<T>(bits, w);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (r >= p.rows)
+            break;
+        float x[COUNT];
+        load_x<COUNT>(row_of(p, r) + at, p.k - at, x);
+#pragma unroll
+        for (int j = 0; j < COUNT; j++)
+            sum[r] = fmaf(x[j], w[j], sum[r]);
+    }
+}
+
+/* One output of up to ROWS rows by a warp: the order of the sums is the same for any number of rows. Several lines of the
+ * matrix are on their way at once. */
+template <class T, int ROWS> DEVICE void multiply_few(const struct product &p)
+{
+    enum { COUNT = per_line<T>::COUNT, STEP = WARP * COUNT, TOGETHER = 4 };
     int64_t column = blockIdx.x * (int64_t)(blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
     if (column >= p.out_width)
         return;
     const char *weight = p.weight + column * row_bytes<T>(p.k);
     float sum[ROWS] = {};
-#pragma unroll 4
-    for (int64_t i = lane * COUNT; i < p.k; i += WARP * COUNT) {
-        float w[COUNT];
-        load_line<T>(weight + i * (int64_t)sizeof(T), w);
+    for (int64_t i = lane * COUNT; i < p.k; i += TOGETHER * STEP) {
+        uint4 line[TOGETHER];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (r >= p.rows)
-                break;
-            float x[COUNT];
-            load_x<COUNT>(row_of(p, r) + i, p.k - i, x);
+        for (int t = 0; t < TOGETHER; t++)
+            if (i + t * STEP < p.k)
+                line[t] = *(const uint4 *)(weight + (i + t * STEP) * (int64_t)sizeof(T));
 #pragma unroll
-            for (int j = 0; j < COUNT; j++)
-                sum[r] = fmaf(x[j], w[j], sum[r]);
-        }
+        for (int t = 0; t < TOGETHER; t++)
+            if (i + t * STEP < p.k)
+                add_line<T, ROWS>(p, line[t], i + t * STEP, sum);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
