@@ -24,7 +24,7 @@ def choices(llm: LLM, params: ResolvedParams, options: argparse.Namespace, *, te
     kv_bytes = runner.pages_per_seq * runner.page_bytes
     parts = [
         f"{llm.name} ({'asked for' if options.model else 'bundled'})",
-        f"weights {runner.model.embedding.table.dtype} ({_why(options, 'dtype', 'as stored')})",
+        f"weights {runner.dtype} ({_why(options, 'dtype', 'as stored')})",
         f"{llm.device.type} {llm.device.description}",
         f"attention {llm.attention} ({llm.attention_why})",
         f"KV {runner.kv_dtype} ({_why(options, 'kv_dtype')}) up to {kv_bytes / MB:.1f} MB",

@@ -105,7 +105,7 @@ def work_of_trial(llm: LLM, trial: Trial) -> Work:
 
 def describe(llm: LLM, method: Method) -> dict[str, Any]:
     """What ran: the first fields of its rows."""
-    stored = llm.runner.model.embedding.table.dtype.name
+    stored = llm.runner.dtype
     return {"model": llm.name, "dtype": stored if method.dtype == "auto" else method.dtype,
             "isa": isa_of(llm), "attention": llm.attention, "threads": threads_of(llm),
             "kv_dtype": llm.runner.kv_dtype, "ranks": ranks_of(llm)}  # fmt: skip

@@ -11,73 +11,87 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.checkpoint import signature
 from engine.layer import Weight
 
-LAYOUT = 1  # to be raised whenever packed matrices or quantisation change
+LAYOUT = 2  # to be raised whenever packed matrices or quantisation change
 STEP = 64 << 20  # bytes read at once
 
 
 def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/rill, by default ~/.cache/rill."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rill"
+    """$XDG_CACHE_HOME/rill, by default ~/.cache/rill. Raises OSError where there is no home."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (given if given.is_absolute() else Path.home() / ".cache") / "rill"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
-def cached_file(weights: Sequence[Weight]) -> Path | None:
-    """Where these weights are kept, whether they are there or not. None if none is quantised."""
-    if not any(weight.group for weight in weights):
-        return None
+def cache_name(weights: Sequence[Weight]) -> str:
+    """What the file of these weights is called."""
     described: list[Any] = [LAYOUT]
     for weight in weights:
         origins = [_origin(source) for source in weight.sources]
         described.append([weight.name, weight.shape, weight.dtype.name, weight.group, origins])
-    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    return cache_directory() / f"{digest[:40]}.weights"
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:40] + ".weights"
 
 
 def _origin(source: Any) -> list[Any]:
     """Which bytes of which state of which file a source is, or what an array holds."""
     if hasattr(source, "source"):  # a part of another
         return [type(source).__name__, source.start, source.stop, *_origin(source.source)]
-    stored = getattr(source, "stored", source)
-    if not hasattr(stored, "file"):
+    stored = [part for part in (getattr(source, name, None) for name in ("stored", "scales")) if part is not None]
+    if not stored and not hasattr(source, "file"):
         return [hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest()]
-    return [*signature(stored.file), stored.offset, stored.nbytes, stored.dtype, getattr(source, "head_dim", 0)]
+    origin: list[Any] = [getattr(source, "head_dim", 0)]
+    for part in stored or [source]:
+        status = part.file.stat()
+        origin += [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+                   part.offset, part.nbytes, part.dtype]  # fmt: skip
+    return origin
 
 
-def read_cached(path: Path, memory: np.ndarray) -> bool:
-    """Fills a memory with what is kept. False if there is nothing, or not all of it."""
+def read_cached(name: str, memory: np.ndarray) -> bool:
+    """Fills a memory with what is kept. False if there is nothing, or not all of it as it was written; then the memory
+    may hold part of it."""
     try:
+        path = cache_directory() / name
+        if not path.is_file() or path.stat().st_size != memory.nbytes + len(_checksum(memory[:0])):
+            return False
         with path.open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != memory.nbytes:
-                return False
             for start in range(0, memory.nbytes, STEP):
                 piece = memory[start : start + STEP]
                 if file.readinto(piece.data) != piece.nbytes:
                     return False
+            return file.read() == _checksum(memory)
     except OSError:
         return False
-    return True
 
 
-def write_cached(path: Path, memory: np.ndarray) -> str:
+def write_cached(name: str, memory: np.ndarray) -> str:
     """Keeps a memory. Returns why that was not possible, else nothing: a model runs without, too."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
+        directory = cache_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=name, suffix=".part", delete=False) as file:
             try:
                 file.write(memory.data)
+                file.write(_checksum(memory))
                 file.close()
-                os.replace(file.name, path)
+                os.replace(file.name, directory / name)
             except BaseException:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        return f"{path.parent}: {error.strerror or error}"
+        return error.strerror and f"{error.filename}: {error.strerror}" or str(error)
     return ""
+
+
+def _checksum(memory: np.ndarray) -> bytes:
+    return zlib.crc32(memory.data).to_bytes(8, "little")

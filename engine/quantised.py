@@ -19,7 +19,7 @@ from engine.abi import INT4, INT8, UINT4, UINT8
 from engine.errors import RillError
 
 ZERO = {INT8: 128, INT4: 8, UINT8: 0, UINT4: 0}  # the quant that stands for zero, or for the minimum
-LARGEST_SCALE = 65504.0  # of float16
+LARGEST_SCALE = 6e4  # float16 ends at 65,504, and larger ones are tried
 DEFAULT_GROUP = {INT8: 64, INT4: 32}
 _NAME = re.compile(r"(int8|int4)(?:-(32|64|128))?")
 
@@ -114,6 +114,8 @@ def _flat(groups: np.ndarray) -> np.ndarray:
 
 def _round_int8(groups: Floats, largest: Floats) -> tuple[Floats, npt.NDArray[np.float16]]:
     scales = (largest / np.float32(127)).astype(np.float16)
+    short = scales.astype(np.float32) * np.float32(127.5) < largest  # of the smallest float16s the next is far away
+    scales = np.where(short, np.nextafter(scales, np.float16(np.inf)), scales)
     return _divided(groups, scales, (-127, 127)), scales
 
 

@@ -140,6 +140,14 @@ class Runner:
         return sum(self.device.weight_bytes(weight) for weight in self.weights)
 
     @property
+    def dtype(self) -> str:
+        """Of most of the weights."""
+        sizes: dict[str, int] = {}
+        for weight in self.weights:
+            sizes[weight.dtype.name] = sizes.get(weight.dtype.name, 0) + self.device.weight_bytes(weight)
+        return max(sizes, key=lambda name: sizes[name])
+
+    @property
     def cache_used_bytes(self) -> int:
         return sum(cache.used_pages() * len(cache.layers) for cache in self.caches) * self.page_bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import engine.layer
 from demo import infer
 from engine import LLM
-from engine.packed_cache import cache_directory, cached_file
+from engine.packed_cache import cache_directory, cache_name
 
 IDS = [1, 7, 3, 9]
 
@@ -92,10 +93,46 @@ def test_a_cache_that_cannot_be_written_is_said_and_harmless(
     assert not home.exists() and "not kept" not in capsys.readouterr().err
 
 
-def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> None:
+def test_a_file_that_changed_in_place_is_another_model(model: Path, home: Path) -> None:
+    """Though size and time of change are what they were."""
+    file = model / "model.safetensors"
+    before, times = logits(model), file.stat()
+    data = bytearray(file.read_bytes())
+    data[-64:] = bytes(64)
+    with file.open("r+b") as opened:
+        opened.write(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not np.array_equal(logits(model), before)
+
+
+def test_other_contents_are_not_taken(model: Path, home: Path) -> None:
+    before = logits(model)
+    kept = next(home.iterdir())
+    whole = bytearray(kept.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    kept.write_bytes(whole)
+    assert np.array_equal(logits(model), before)
+
+
+def test_every_format_has_a_name_of_its_own(model: Path) -> None:
+    names = set()
+    for dtype in ("int8", "int8-32", "int4", "int4-64"):
+        with LLM(model, dtype=dtype, max_seq_len=16, cache=False) as llm:
+            names.add(cache_name(llm.runner.weights))
+    assert len(names) == 4
+
+
+def test_without_a_home_models_load_all_the_same(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", homeless)
+    with LLM(model, dtype="int8", max_seq_len=16, device="cpu") as llm:
+        assert llm.device.notes == ["quantised weights are not kept: Could not determine home directory."]
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_directory() == tmp_path / ".cache" / "rill"
-    with LLM(model, dtype="int8", max_seq_len=16, cache=False) as llm:
-        path = cached_file(llm.runner.weights)
-        assert path is not None and path.parent == cache_directory()

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import ROWS, WIDTHS, Bench, assert_close, assert_same_bits, cpu_devices, devices, isa_pairs, normal
+from harness import ROWS, WIDTHS, Bench, assert_close, assert_same_bits, cpu_devices, isa_pairs, normal
+from harness import devices as every_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import LLM, RillError, SamplingParams, UsageError
 from engine.abi import BFLOAT16, INT4, INT8, UINT4, UINT8
+from engine.device import Device
 from engine.ops.embedding import Embedding
 from engine.ops.logits import Logits
 from engine.ops.matmul import Linear, matmul
@@ -22,6 +24,11 @@ NAMES = ("int8", "int4", "int8-32", "int4-128")
 every_name = pytest.mark.parametrize("name", NAMES)
 LIMIT = 1e-10  # the rounding of inputs is part of the meaning
 QWEN3 = Path(__file__).parent.parent / "models" / "tiny-qwen3"
+
+
+def devices() -> list[Device]:
+    """Those that have quantised weights."""
+    return [device for device in every_device() if device.type in ("numpy", "cpu")]
 
 
 def product(x: np.ndarray, weight: QuantisedMatrix) -> np.ndarray:
@@ -67,6 +74,12 @@ def test_whole_numbers_stay_as_they_are() -> None:
         weight = rng.integers(-most, most + 1, (20, 192)).astype(np.float32)
         weight[:, ::32] = most if name == "int8" else -8
         assert np.array_equal(quantise(weight, named(name))[:], weight)
+
+
+def test_the_smallest_scales_of_float16_do_not_cut_numbers_off() -> None:
+    for size in (1e-5, 4e-6, 9e-5):
+        weight = (np.linspace(-1, 1, 64) * size).astype(np.float32)[None]
+        assert np.abs(quantise(weight, named("int8"))[:] - weight).max() <= 6e-8 * 127 / 2
 
 
 def test_zeros_small_numbers_and_large_ones() -> None:

@@ -26,8 +26,24 @@ def test_a_copy_has_the_bits_of_quantising_at_load(dtype: str, tiny: Path, tmp_p
         assert stored.tokenizer.encode("text") == at_load.tokenizer.encode("text")
     sizes = [sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (tmp_path / "small", tiny)]
     assert sizes[0] < (0.6 if dtype == "int8" else 0.5) * sizes[1]
-    with LLM(tmp_path / "small", dtype="float32", device="numpy", max_seq_len=32) as exact:
-        assert np.abs(exact.logits(IDS) - np.float32(0)).max() > 0
+    small, wide = tmp_path / "small", {"dtype": "float32", "max_seq_len": 32}
+    widened = [LLM(small, device=name, **wide).logits(IDS) for name in ("numpy", "cpu")]  # type: ignore[arg-type]
+    assert np.abs(widened[0] - widened[1]).max() < 1e-4 * widened[0].std()
+    with LLM(tmp_path / "small", max_seq_len=32) as stored:
+        assert np.abs(widened[0] - stored.logits(IDS)).std() < 0.1 * widened[0].std()
+
+
+def test_parts_that_are_fused_and_stored_differently(tiny: Path, tmp_path: Path) -> None:
+    """q in 4 bits, k and v as they were: they meet in float32."""
+    assert quantize.main([str(tiny), str(tmp_path / "small"), "--dtype", "int4"]) == 0
+    file, plain = tmp_path / "small" / "model.safetensors", load_file(tiny / "model.safetensors")
+    names = [f"model.layers.0.self_attn.{p}_proj.weight" for p in "kv"]
+    tensors = {k: v for k, v in load_file(file).items() if not k.startswith(tuple(names))}
+    save_file(tensors | {name: plain[name] for name in names}, file)
+    small = tmp_path / "small"
+    with LLM(small, max_seq_len=32) as cpu, LLM(small, max_seq_len=32, device="numpy") as oracle:
+        assert cpu.runner.weights[1].group == 0
+        assert np.abs(cpu.logits(IDS) - oracle.logits(IDS)).std() < 0.1 * oracle.logits(IDS).std()
 
 
 def test_shards(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
     python -m tools.quantize MODEL OUT --dtype int4
 
-MODEL is what rill takes; OUT a directory that does not exist yet. Matrices become integers with a scale for each group
-of inputs (engine/stored_quants.py has the format), embedding and logits at least in 8 bits; everything else stays.
+MODEL is a checkpoint in Hugging Face format, OUT a directory that does not exist yet. Matrices become integers with a
+scale for each group of inputs (engine/stored_quants.py has the format), embedding and logits at least in 8 bits;
+everything else stays.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from safetensors.numpy import save_file
 from engine import RillError, UsageError
 from engine.abi import INT4
 from engine.checkpoint import Checkpoint, Readable
+from engine.config import MAX_CONFIG_BYTES
+from engine.json_file import parse_object, read_bytes
 from engine.quantised import Format, format_of, quantise, stack
 from engine.stored_quants import QUANT_METHOD, pack_pairs, stored_names
 
@@ -33,11 +36,11 @@ OTHER_FILES = ("tokenizer*", "generation_config.json", "chat_template*", "specia
 NUMPY = {"F32": np.float32, "F16": np.float16}
 
 
-def format_for(name: str, dtype: str) -> Format | None:
+def format_for(name: str, dimensions: int, dtype: str) -> Format | None:
     """How a tensor of a model is to be stored; None: as it is."""
     if name in TABLES:
         return format_of(dtype.replace("int4", "int8"))
-    return format_of(dtype) if name.endswith("_proj.weight") else None
+    return format_of(dtype) if name.endswith("_proj.weight") and dimensions == 2 else None
 
 
 def quantised(name: str, tensor: Readable, format: Format) -> dict[str, np.ndarray]:
@@ -51,7 +54,7 @@ def quantised(name: str, tensor: Readable, format: Format) -> dict[str, np.ndarr
 
 def all_tensors(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     for i, (name, stored) in enumerate(sorted(checkpoint.tensors.items()), 1):
-        tensor, format = checkpoint.take(name, stored.shape), format_for(name, dtype)
+        tensor, format = checkpoint.take(name, stored.shape), format_for(name, len(stored.shape), dtype)
         if format:
             yield from quantised(name, tensor, format).items()
         else:
@@ -92,7 +95,7 @@ def write_model(model: str, out: Path, dtype: str) -> None:
     if out.exists() or not out.parent.is_dir():
         raise UsageError(f"{out}: " + ("exists already" if out.exists() else f"{out.parent} is no directory"))
     checkpoint = Checkpoint(model)
-    config = json.loads(checkpoint.config_path.read_text("utf-8"))
+    config = parse_object(read_bytes(checkpoint.config_path, MAX_CONFIG_BYTES), str(checkpoint.config_path))
     if config.get("quantization_config"):
         raise UsageError(f"{checkpoint.config_path}: is quantised already")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:

@@ -15,7 +15,7 @@ from engine import abi, machine
 from engine.device import Cancelled, Device, NotFiniteError, Program, Progress, TokenError
 from engine.errors import RillError, UsageError
 from engine.int8 import Int8Array, dequantise, quantise
-from engine.packed_cache import cached_file, read_cached, write_cached
+from engine.packed_cache import cache_name, read_cached, write_cached
 
 if TYPE_CHECKING:
     from engine.layer import Weight
@@ -106,8 +106,9 @@ class CPUDevice(Device):
             tensor.storage = buffer[: count * tensor.dtype.itemsize].view(tensor.dtype).reshape(tensor.shape)
 
     def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
+        check_not_forked()
         total = self._place(weights)
-        kept = cached_file(weights) if cache else None
+        kept = cache_name(weights) if cache and any(weight.group for weight in weights) else None
         if kept and read_cached(kept, self.arena):
             if progress:
                 progress(total, total)
@@ -173,7 +174,6 @@ class CPUDevice(Device):
         """Packs sources as `count` rows of a weight, from row `first` on, a multiple of a panel's."""
         from engine.layer import stored_dtype
 
-        check_not_forked()
         sources = abi.ffi.new("struct source[]", len(stacked))
         files: dict[Any, int] = {}
         keep_alive = []

@@ -87,8 +87,8 @@ class CUDADevice(Device):
     def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
         for weight in weights:
             if weight.group:
-                raise UsageError(f"{weight.name}: the cuda device has no {weight.dtype.name} weights yet; dtype='float32' "
-                                 "widens those of a file")  # fmt: skip
+                raise UsageError(f"{weight.name}: the cuda device has no {weight.dtype.name} weights yet; "
+                                 "dtype='float32' widens those of a file")  # fmt: skip
         total, done = sum(self.weight_bytes(weight) for weight in weights), 0
         arena = self._array((total,), UINT8)
         for weight in weights:
