@@ -153,6 +153,8 @@ def load(options: argparse.Namespace, progress: ProgressBar) -> tuple[LLM, Resol
     params = SamplingParams(**{"max_tokens": None, **given(options, SAMPLING_OPTIONS)})
     llm = LLM(find_model(options), options.tokenizer, max_batch=1, progress=progress,
               **given(options, LLM_OPTIONS))  # fmt: skip
+    for note in llm.device.notes:
+        say(note)
     return llm, params.resolve(llm.generation_config)
 
 

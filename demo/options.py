@@ -31,7 +31,7 @@ OMP_NUM_THREADS count where --isa and --threads are not given.
 exit status: 0 done, 1 failed, 2 misused, 130 stopped by Ctrl-C."""
 
 LLM_OPTIONS = ("device", "isa", "attention", "sink", "window", "q_block", "kv_block", "dtype", "kv_dtype",
-               "max_seq_len", "threads", "tp", "parallel")  # fmt: skip
+               "max_seq_len", "threads", "cache", "tp", "parallel")  # fmt: skip
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
                     "max_tokens", "stop", "seed")  # fmt: skip
 
@@ -159,7 +159,10 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     add("--tp", type=positive, metavar="N", help="ranks that share each layer: as many as mpiexec has started, or 1")
     add("--parallel", metavar="NAME", help="what ranks share: tensor (every layer) or allgather (the heads alone)")
     add("--isa", metavar="NAME", help="auto, baseline, avx2, avx512 (the best of its family), ...")
-    add("--dtype", metavar="NAME", help="of the weights: auto (as stored) or float32")
+    add("--dtype", metavar="NAME", help="of the weights: auto (as stored), float32, int8 or int4 (quantised, "
+        "in groups of 64 and 32; int4-128 and the like: of so many)")  # fmt: skip
+    add("--no-cache", action="store_false", dest="cache", default=None, help="do not keep quantised weights in the "
+        "user's cache directory, nor take them from there")  # fmt: skip
     add("--kv-dtype", metavar="NAME", help="of the KV cache: auto, float32, bfloat16, float16 or int8")
     add_attention(group)
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from demo.methods import Method, isa_of, open_model, threads_of
 from engine import LLM, SamplingParams
-from engine.abi import FLOAT32
-from engine.verify import LOGIT_BOUND
+from engine.verify import LOGIT_BOUND, bounds_of
 
 
 def compare_tokens(options: argparse.Namespace, pairs: list[Method], token_ids: list[int], gen_len: int) -> int:
@@ -69,6 +68,4 @@ class Reference:
 
 def tolerance(llm: LLM) -> float:
     """How far apart two logits may be that rounding exchanges, in standard deviations of the logits."""
-    stored = [weight.dtype for weight in llm.runner.weights if weight.layout == "matrix"]
-    exact = all(dtype == FLOAT32 for dtype in stored) and llm.runner.kv_dtype == "float32"
-    return LOGIT_BOUND["float32" if exact else "bfloat16"]
+    return LOGIT_BOUND[bounds_of(llm.runner)]

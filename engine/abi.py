@@ -26,6 +26,9 @@ FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 INT8 = np.dtype(np.int8)
+INT4 = np.dtype(ml_dtypes.int4)
+UINT8 = np.dtype(np.uint8)
+UINT4 = np.dtype(ml_dtypes.uint4)
 
 LAST_POS = 2**31 - 1  # positions are int32
 
@@ -41,7 +44,8 @@ ffi.cdef(_header())
 constants: Any = ffi.dlopen(None)  # the enums of abi.h as attributes: constants.PAGE
 
 DTYPE_CODES = {FLOAT32: constants.DTYPE_F32, BFLOAT16: constants.DTYPE_BF16, FLOAT16: constants.DTYPE_F16,
-               INT8: constants.DTYPE_I8}  # fmt: skip
+               INT8: constants.DTYPE_I8, INT4: constants.DTYPE_I4, UINT8: constants.DTYPE_U8,
+               UINT4: constants.DTYPE_U4}  # fmt: skip
 
 
 def struct_dtype(name: str) -> np.dtype:
@@ -96,7 +100,7 @@ def fill_struct(node: Node, pointer_of: Any) -> Any:
             used.add(field)
         elif field == "rows":
             setattr(struct, field, ffi.cast(info.type, pointer_of(node.rows)))
-        elif tensor_name in node.tensors and attribute in ("width", "stride", "dtype"):
+        elif tensor_name in node.tensors and attribute in ("width", "stride", "dtype", "group"):
             tensor = node.tensors[tensor_name]
             setattr(struct, field, DTYPE_CODES[tensor.dtype] if attribute == "dtype" else getattr(tensor, attribute))
         elif info.type.kind != "pointer" and tensor_name not in node.absent:  # what an absent tensor would fill stays 0

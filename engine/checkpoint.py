@@ -22,6 +22,7 @@ from safetensors import safe_open
 from engine.errors import RillError
 from engine.json_file import brief, one_line, parse_object
 from engine.model_files import find_weights, local_path, read_index
+from engine.stored_quants import find_quantised, stored_names
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -132,6 +133,8 @@ class Checkpoint:
         """
         tensor = self.tensors.get(name)
         expected = list(shape)
+        if tensor is None and (quantised := self._find_quantised(name, shape)):
+            return quantised
         if tensor is None:
             raise RillError(f"{self.weights_path}: tensor {self.stored_name(name)!r} of shape {expected} is missing")
         found = list(tensor.shape)
@@ -140,6 +143,15 @@ class Checkpoint:
             raise RillError(f"{tensor.file}: tensor {tensor.name!r} {problem}")
         self._taken.add(name)
         return self._readable(name, tensor)
+
+    def _find_quantised(self, name: str, shape: tuple[int, ...]) -> Readable | None:
+        try:
+            found = find_quantised(name, shape, self.tensors)
+        except RillError as error:
+            raise RillError(f"{self.weights_path}: {error}") from None
+        if found:
+            self._taken.update(stored_names(name, found.format))
+        return found
 
     def _readable(self, name: str, tensor: StoredTensor) -> Readable:
         if tensor.dtype not in STORED_DTYPES:

@@ -15,6 +15,7 @@ from typing import Any
 from engine.errors import RillError
 from engine.json_file import Fields, brief, parse_object, read_bytes
 from engine.rope import RopeConfig, parse_rope
+from engine.stored_quants import QUANT_METHOD
 
 MAX_CONFIG_BYTES = 4 << 20  # real ones have a few kilobytes
 
@@ -126,7 +127,7 @@ def parse_config(raw: Mapping[str, Any], family: Family, where: str = "config.js
 
 def _refuse_unsupported(config: Fields) -> None:
     quantization = config.inner("quantization_config").values
-    if quantization:
+    if quantization and quantization.get("quant_method") != QUANT_METHOD:
         method = brief(quantization.get("quant_method", "an unnamed method"))
         raise config.error(
             "quantization_config",

@@ -9,36 +9,59 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from engine.abi import INT4, INT8, UINT4, UINT8
+from engine.quantised import ZERO, Format
+
 Bytes = npt.NDArray[np.uint8]  # [blocks, bytes of a block]
 Floats = npt.NDArray[np.float32]
 
 
+class Split(NamedTuple):
+    """What blocks hold: quants uint8 [blocks, size], from zero up; scales float32 [blocks, groups], and minimums where
+    a type has them."""
+
+    quants: Bytes
+    scales: Floats
+    minimums: Floats | None = None
+
+
 @dataclass(frozen=True)
 class BlockType:
-    """How the weights of a row are stored: blocks of `size` weights in `nbytes` bytes each.
-
-    decode: bytes [blocks, nbytes] -> [blocks, size], float32, or the dtype itself where a block is one plain number.
-    """
+    """How the weights of a row are stored: blocks of `size` weights in `nbytes` bytes each; either plain numbers of a
+    dtype, one to a block, or quantised in some format."""
 
     name: str
     size: int
     nbytes: int
-    decode: Callable[[Bytes], npt.NDArray[Any]]
+    plain: np.dtype | None = None
+    format: Format | None = None
+    split: Callable[[Bytes], Split] | None = None
 
     @property
     def is_plain(self) -> bool:
-        return self.size == 1
+        return self.plain is not None
+
+    def decode(self, blocks: Bytes) -> npt.NDArray[Any]:
+        """[blocks, nbytes] -> [blocks, size], plain numbers or float32."""
+        if self.split is None or self.format is None:
+            return blocks.view(self.plain or np.uint8)
+        quants, scales, minimums = self.split(blocks)
+        groups = quants.reshape(len(blocks), -1, self.format.group).astype(np.float32) - ZERO[self.format.dtype]
+        values = scales[:, :, None] * groups
+        if minimums is not None:
+            values += minimums[:, :, None]
+        return values.reshape(len(blocks), self.size)
 
 
 def _plain(name: str, dtype: npt.DTypeLike) -> BlockType:
     kind = np.dtype(dtype).newbyteorder("<")
-    return BlockType(name, 1, kind.itemsize, lambda blocks: blocks.view(kind))
+    return BlockType(name, 1, kind.itemsize, plain=kind)
 
 
 def _halves(blocks: Bytes, at: int) -> Floats:
@@ -56,26 +79,24 @@ def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4)
 
 
-def _q4_0(blocks: Bytes) -> Floats:
-    return _halves(blocks, 0) * (_nibbles(blocks[:, 2:]).astype(np.float32) - 8)
+def _q4_0(blocks: Bytes) -> Split:
+    return Split(_nibbles(blocks[:, 2:]), _halves(blocks, 0))
 
 
-def _q4_1(blocks: Bytes) -> Floats:
-    return _halves(blocks, 0) * _nibbles(blocks[:, 4:]).astype(np.float32) + _halves(blocks, 2)
+def _q4_1(blocks: Bytes) -> Split:
+    return Split(_nibbles(blocks[:, 4:]), _halves(blocks, 0), _halves(blocks, 2))
 
 
-def _q5_0(blocks: Bytes) -> Floats:
-    weights = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
-    return _halves(blocks, 0) * (weights.astype(np.float32) - 16)
+def _q5_0(blocks: Bytes) -> Split:
+    return Split((_nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)) + np.uint8(128 - 16), _halves(blocks, 0))
 
 
-def _q5_1(blocks: Bytes) -> Floats:
-    weights = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
-    return _halves(blocks, 0) * weights.astype(np.float32) + _halves(blocks, 2)
+def _q5_1(blocks: Bytes) -> Split:
+    return Split(_nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4), _halves(blocks, 0), _halves(blocks, 2))
 
 
-def _q8_0(blocks: Bytes) -> Floats:
-    return _halves(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
+def _q8_0(blocks: Bytes) -> Split:
+    return Split(blocks[:, 2:] + np.uint8(128), _halves(blocks, 0))  # from -128 … 127 to 0 … 255
 
 
 def _scales_and_minima(packed: Bytes) -> tuple[Floats, Floats]:
@@ -86,31 +107,29 @@ def _scales_and_minima(packed: Bytes) -> tuple[Floats, Floats]:
     return tuple(np.concatenate(pair, axis=1).astype(np.float32) for pair in pairs)  # type: ignore[return-value]
 
 
-def _super_blocks(blocks: Bytes, weights: Bytes) -> Floats:
+def _super_blocks(blocks: Bytes, weights: Bytes) -> Split:
     """d · scale · weight - dmin · minimum, for eight groups of 32: weights [blocks, 8, 32]."""
     scales, minima = _scales_and_minima(blocks[:, 4:16])
-    scales, minima = _halves(blocks, 0) * scales, _halves(blocks, 2) * minima
-    return (scales[:, :, None] * weights.astype(np.float32) - minima[:, :, None]).reshape(len(blocks), 256)
+    return Split(weights.reshape(len(blocks), 256), _halves(blocks, 0) * scales, -(_halves(blocks, 2) * minima))
 
 
-def _q4_k(blocks: Bytes) -> Floats:
+def _q4_k(blocks: Bytes) -> Split:
     return _super_blocks(blocks, _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32))
 
 
-def _q5_k(blocks: Bytes) -> Floats:
+def _q5_k(blocks: Bytes) -> Split:
     low = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     group = np.arange(8, dtype=np.uint8)[:, None]  # bit g of a byte belongs to group g
     high = (blocks[:, None, 16:48] >> group & 1) << np.uint8(4)
     return _super_blocks(blocks, low | high)
 
 
-def _q6_k(blocks: Bytes) -> Floats:
+def _q6_k(blocks: Bytes) -> Split:
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 64))  # two halves of 128 weights
     pairs = blocks[:, 128:192].reshape(-1, 2, 32)
     high = np.concatenate([pairs >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
-    weights = (low | high << 4).reshape(-1, 16, 16).astype(np.float32) - 32
-    scales = _halves(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-    return (scales[:, :, None] * weights).reshape(len(blocks), 256)
+    weights = (low | high << 4).reshape(len(blocks), 256) + np.uint8(128 - 32)
+    return Split(weights, _halves(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32))
 
 
 # By the number that stands for them in a file.
@@ -118,14 +137,14 @@ TYPES: Mapping[int, BlockType] = MappingProxyType(
     {
         0: _plain("F32", np.float32),
         1: _plain("F16", np.float16),
-        2: BlockType("Q4_0", 32, 18, _q4_0),
-        3: BlockType("Q4_1", 32, 20, _q4_1),
-        6: BlockType("Q5_0", 32, 22, _q5_0),
-        7: BlockType("Q5_1", 32, 24, _q5_1),
-        8: BlockType("Q8_0", 32, 34, _q8_0),
-        12: BlockType("Q4_K", 256, 144, _q4_k),
-        13: BlockType("Q5_K", 256, 176, _q5_k),
-        14: BlockType("Q6_K", 256, 210, _q6_k),
+        2: BlockType("Q4_0", 32, 18, None, Format(INT4, 32), _q4_0),
+        3: BlockType("Q4_1", 32, 20, None, Format(UINT4, 32), _q4_1),
+        6: BlockType("Q5_0", 32, 22, None, Format(INT8, 32), _q5_0),
+        7: BlockType("Q5_1", 32, 24, None, Format(UINT8, 32), _q5_1),
+        8: BlockType("Q8_0", 32, 34, None, Format(INT8, 32), _q8_0),
+        12: BlockType("Q4_K", 256, 144, None, Format(UINT4, 32), _q4_k),
+        13: BlockType("Q5_K", 256, 176, None, Format(UINT8, 32), _q5_k),
+        14: BlockType("Q6_K", 256, 210, None, Format(INT8, 16), _q6_k),
         30: _plain("BF16", ml_dtypes.bfloat16),
     }
 )

@@ -13,6 +13,7 @@ from engine.checkpoint import STORED_DTYPES, Checkpoint, Readable, StoredTensor
 from engine.errors import RillError
 from engine.gguf import GGUFFile
 from engine.gguf_blocks import BLOCKS, BlockType
+from engine.quantised import Format, QuantisedMatrix
 
 OTHER = "gguf:"  # what the names of other tensors begin with
 SLICE_BYTES = 2 << 20  # of decoded weights at once, unless a caller asks for more
@@ -53,13 +54,15 @@ class BlockTensor:
 
     stored: where its bytes lie; block: what they are. head_dim: where not 0, each head's rows are stored in pairs
     (i, i + head_dim / 2), as rotated side by side, and are put into the order in which a model here rotates them, half
-    against half. dtype: of the rows as they are read, "F32", "F16" or "BF16".
+    against half. dtype: of the rows as they are read, "F32", "F16" or "BF16". keep: whether it may stay
+    quantised.
     """
 
     stored: StoredTensor
     block: BlockType
     dtype: str
     head_dim: int = 0
+    keep: bool = False
 
     @property
     def name(self) -> str:
@@ -69,14 +72,24 @@ class BlockTensor:
     def shape(self) -> tuple[int, ...]:
         return self.stored.shape
 
+    @property
+    def format(self) -> Format | None:
+        """How its rows are quantised, where they may stay so."""
+        return self.block.format if self.keep else None
+
     def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows [start, stop), read and decoded now, all at once."""
-        if not self.head_dim:
-            return self._decoded(start, stop)
-        first = start - start % self.head_dim  # heads are read whole
-        heads = self._decoded(first, stop + -stop % self.head_dim)
-        pairs = heads.reshape(-1, self.head_dim // 2, 2, *heads.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(heads.shape)[start - first : stop - first]
+        values = self.block.decode(self._blocks(start, stop)).astype(STORED_DTYPES[self.dtype], copy=False)
+        return values.reshape(stop - start, *self.shape[1:])
+
+    def quantised_rows(self, start: int, stop: int) -> QuantisedMatrix:
+        """The same as they are. Scales and minimums that a block holds as products become float16."""
+        assert self.block.format is not None and self.block.split is not None
+        split = self.block.split(self._blocks(start, stop))
+        quants, scales, minimums = (part if part is None else part.reshape(stop - start, -1) for part in split)
+        assert quants is not None and scales is not None
+        lower = None if minimums is None else minimums.astype(np.float16)
+        return QuantisedMatrix(self.block.format, quants.astype(np.uint8, copy=False), scales.astype(np.float16), lower)
 
     def read(self) -> npt.NDArray[Any]:
         """All rows, decoded slice by slice."""
@@ -92,23 +105,34 @@ class BlockTensor:
         values = self.read()
         return values if dtype is None else values.astype(dtype, copy=False)
 
-    def _decoded(self, start: int, stop: int) -> npt.NDArray[Any]:
-        data = self.stored.row_bytes(start, stop).reshape(-1, self.block.nbytes)
-        values = self.block.decode(data).astype(STORED_DTYPES[self.dtype], copy=False)
-        return values.reshape(stop - start, *self.shape[1:])
+    def _blocks(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The blocks of rows [start, stop): [blocks, bytes of a block]."""
+        if not self.head_dim:
+            return self.stored.row_bytes(start, stop).reshape(-1, self.block.nbytes)
+        first = start - start % self.head_dim  # heads are read whole
+        heads = self.stored.row_bytes(first, stop + -stop % self.head_dim).reshape(-1, self.head_dim // 2, 2, self._row)
+        rows = heads.swapaxes(1, 2).reshape(-1, self._row)[start - first : stop - first]
+        return rows.reshape(-1, self.block.nbytes)
+
+    @property
+    def _row(self) -> int:
+        """Bytes of a row."""
+        return self.stored.nbytes // self.shape[0]
 
 
 class GGUFCheckpoint(Checkpoint):
     """The tensors of a GGUF file, by their Hugging Face names.
 
-    dtype: of the model; "auto" decodes blocks into bfloat16, anything else into float32, which is exact. pairs_of: the
-    head_dim where the file's rows of q and k are stored in pairs (Llama's are), else 0.
+    dtype: of the model; "auto" keeps quantised matrices so, and where parts that are fused differ decodes them into
+    bfloat16; anything else decodes into float32, which is exact. pairs_of: the head_dim where the file's rows of q and
+    k are stored in pairs (Llama's are), else 0.
     """
 
     def __init__(self, file: GGUFFile, dtype: str, pairs_of: int) -> None:
         self.directory = file.path.parent
         self.config_path = file.path
         self._decoded_dtype = "BF16" if dtype == "auto" else "F32"
+        self._keep = dtype == "auto"
         self._pairs_of = pairs_of
         tensors = {model_name(name): tensor for name, tensor in file.tensors.items()}
         self._hold(file.path, tensors)
@@ -127,4 +151,5 @@ class GGUFCheckpoint(Checkpoint):
         if not block.is_plain and len(tensor.shape) != 2:
             problem = f"has type {block.name}, in which only matrices can be stored"
             raise RillError(f"{tensor.file}: tensor {tensor.name!r} {problem}")
-        return BlockTensor(tensor, block, tensor.dtype if block.is_plain else self._decoded_dtype, head_dim)
+        dtype = tensor.dtype if block.is_plain else self._decoded_dtype
+        return BlockTensor(tensor, block, dtype, head_dim, self._keep)

@@ -11,6 +11,7 @@ from engine.abi import BFLOAT16, FLOAT16, FLOAT32
 from engine.device import Device, default_device
 from engine.errors import UsageError
 from engine.plan import Plan, Tensor
+from engine.quantised import Format, QuantisedMatrix, format_of, quantise, stack
 
 
 class Source(Protocol):
@@ -25,21 +26,36 @@ class Weight(Tensor):
 
     sources: Sequence[Source]
 
-    def __init__(self, name: str, sources: Sequence[Source], dtype: np.dtype, layout: str) -> None:
+    def __init__(self, name: str, sources: Sequence[Source], dtype: np.dtype, layout: str, group: int = 0) -> None:
         rows = sum(source.shape[0] for source in sources)
-        super().__init__((rows, *sources[0].shape[1:]), dtype, name, layout=layout)
+        super().__init__((rows, *sources[0].shape[1:]), dtype, name, layout=layout, group=group)
         self.sources = sources
 
     def stacked_rows(self, start: int, stop: int) -> np.ndarray:
-        """Some rows of the stacked sources, read now, in this weight's dtype."""
-        parts, first = [], 0
+        """Some rows of the stacked sources, read now, in this weight's dtype, or float32 where that is quantised."""
+        dtype = FLOAT32 if self.group else self.dtype
+        parts = []
+        for source, begin, end in self._parts(start, stop):
+            part = source.rows(begin, end) if hasattr(source, "rows") else np.asarray(source)[begin:end]
+            parts.append(part.astype(dtype, copy=False))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def quantised_rows(self, start: int, stop: int) -> QuantisedMatrix:
+        """The same of a quantised weight: as its sources have them, or quantised now."""
+        format = Format(self.dtype, self.group)
+        if any(format_in(source) != format for source in self.sources):
+            return quantise(self.stacked_rows(start, stop), format, self.name)
+        parts = [source.quantised_rows(begin, end) for source, begin, end in self._parts(start, stop)]
+        return parts[0] if len(parts) == 1 else stack(parts)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
+        """Which rows of which sources lie in [start, stop)."""
+        first = 0
         for source in self.sources:
             begin, end = max(start - first, 0), min(stop - first, source.shape[0])
             if begin < end:
-                part = source.rows(begin, end) if hasattr(source, "rows") else np.asarray(source)[begin:end]
-                parts.append(part.astype(self.dtype, copy=False))
+                yield source, begin, end
             first += source.shape[0]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def stored_dtype(source: Any) -> np.dtype:
@@ -48,9 +64,18 @@ def stored_dtype(source: Any) -> np.dtype:
     return names[source.dtype] if isinstance(source.dtype, str) else np.dtype(source.dtype)
 
 
+def format_in(source: Any) -> Format | None:
+    """How a source is quantised, if it is."""
+    found: Format | None = getattr(source, "format", None)
+    return found
+
+
 def matrix(name: str, sources: Sequence[Source], dtype: str = "auto") -> Weight:
-    """A weight [outputs, inputs] to multiply by. Kept as stored ("auto") or widened once ("float32"); sources that
-    are fused but stored differently meet in float32."""
+    """A weight [outputs, inputs] to multiply by. Kept as stored ("auto"), widened once ("float32") or quantised (a name
+    that quantised.format_of knows); sources that are fused but stored differently meet in float32."""
+    formats = {format_in(source) for source in sources}
+    if format := format_of(dtype) or (formats.pop() if dtype == "auto" and len(formats) == 1 else None):
+        return Weight(name, sources, format.dtype, "matrix", format.group)
     kinds = {stored_dtype(source) for source in sources}
     return Weight(name, sources, kinds.pop() if dtype == "auto" and len(kinds) == 1 else FLOAT32, "matrix")
 

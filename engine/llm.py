@@ -17,6 +17,7 @@ from engine.device import Progress
 from engine.errors import UsageError
 from engine.loading import Options, load, open_runner
 from engine.profile import Profile
+from engine.quantised import format_of
 from engine.ranks import enter, lead
 from engine.request import Completion, Request
 from engine.runner import check_kv_dtype
@@ -25,7 +26,7 @@ from engine.scheduler import Scheduler
 from engine.text.detokenizer import StreamDecoder
 from engine.text.tokenizer import Tokenizer
 
-DTYPES = ("auto", "float32")
+DTYPES = ("auto", "float32", "int8", "int4")
 PARALLEL = ("tensor", "allgather")
 PATIENCE = 0.1  # seconds: an unbounded wait would miss a Ctrl-C that comes just before it
 Prompt = str | Sequence[int]
@@ -37,8 +38,9 @@ class LLM:
     model: a directory in Hugging Face format, a hub name, a `.safetensors` file or an index with its config beside it,
     or a `.gguf` file. tokenizer: a directory or file, by default the model's. device: "auto", "cpu" or "numpy". isa:
     "auto" or one that this machine has. dtype: "auto" keeps weights as stored (GGUF's blocks become bfloat16),
-    "float32" widens them once. kv_dtype: "auto" is
-    float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
+    "float32" widens them once, "int8" and "int4" quantise them in groups of 64 and 32 inputs ("int4-128" and the like:
+    of so many). cache: quantised weights are kept in the user's cache directory and taken from there. kv_dtype: "auto"
+    is float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
     max_batch: sequences that run together; more prompts queue. threads: by default one a core. attention: "auto",
     "standard", "flash" or "streaming". q_block, kv_block: queries and keys to a block of the last two.
 
@@ -66,6 +68,7 @@ class LLM:
         max_batch: int = 8,
         threads: int | None = None,
         progress: Progress | None = None,
+        cache: bool = True,
         *,
         sink: int | None = None,
         window: int | None = None,
@@ -74,7 +77,7 @@ class LLM:
         tp: int | None = None,
         parallel: str = "tensor",
     ) -> None:
-        _choice("dtype", dtype, DTYPES)
+        _choice("dtype", dtype, DTYPES if format_of(dtype) is None else (dtype,))
         _choice("parallel", parallel, PARALLEL)
         check_kv_dtype(kv_dtype)
         _positive("max_seq_len", max_seq_len)
@@ -82,7 +85,7 @@ class LLM:
         started = time.perf_counter()
         options = Options(str(model), None if tokenizer is None else str(tokenizer), device, isa, attention, dtype,
                           kv_dtype, max_seq_len, max_batch, threads, sink, window, q_block, kv_block, tp,
-                          parallel)  # fmt: skip
+                          parallel, cache)  # fmt: skip
         comm = enter()
         if tp == 1:
             comm = None  # rank 0 alone
@@ -90,7 +93,7 @@ class LLM:
             opened = open_runner(options, comm)
             self.device, choice, files, self.runner = opened.device, opened.choice, opened.files, opened.runner
             started_reading = time.perf_counter()
-            load(opened, comm, progress)
+            load(opened, comm, progress, cache)
             self.weights_seconds = time.perf_counter() - started_reading
         checkpoint, self.config, self.generation_config = files.checkpoint, files.config, files.generation_config
         self.name, self.directory = files.name, checkpoint.directory

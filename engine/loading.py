@@ -40,6 +40,7 @@ class Options:
     kv_block: int | None
     tp: int | None
     parallel: str
+    cache: bool
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def open_runner(options: Options, comm: Comm | None) -> Opened:
     return together(comm, lambda: _open(options, comm), _facts)
 
 
-def load(opened: Opened, comm: Comm | None, progress: Progress | None = None) -> None:
-    """Reads the weights of this rank's part."""
+def load(opened: Opened, comm: Comm | None, progress: Progress | None = None, cache: bool = False) -> None:
+    """Reads the weights of this rank's part. cache: see Device.load."""
 
     def work() -> None:
-        opened.runner.load(progress)
+        opened.runner.load(progress, cache)
         opened.files.checkpoint.finish(ignore=opened.files.checkpoint.tensors)
 
     together(comm, work, lambda _: {})

@@ -32,6 +32,7 @@ class Tensor:
     base: Tensor | None = None
     column: int = 0
     layout: str = "dense"
+    group: int = 0  # of a quantised matrix: inputs that share a scale
     storage: Any = None  # the device's own, set once
 
     @property

@@ -92,8 +92,9 @@ def _open(comm: Comm, size: int, runners: dict[int, Runner]) -> None:
     data = np.zeros(size, np.uint8)
     comm.broadcast(data)
     try:
-        opened = open_runner(Options(**json.loads(bytes(data))), comm)
-        load(opened, comm)
+        options = Options(**json.loads(bytes(data)))
+        opened = open_runner(options, comm)
+        load(opened, comm, cache=options.cache)
         runners[comm.models] = opened.runner
     except Exception:
         pass  # rank 0 has heard of it, and says so

@@ -155,9 +155,9 @@ class Runner:
             cache.truncate(slot, length)
         return length
 
-    def load(self, progress: Progress | None = None) -> None:
-        """Reads the weights and lowers the plan."""
-        self.device.load(self.weights, progress)
+    def load(self, progress: Progress | None = None, cache: bool = False) -> None:
+        """Reads the weights and lowers the plan. cache: see Device.load."""
+        self.device.load(self.weights, progress, cache)
         for tensor in self.layers:
             self.device.allocate([tensor])
         self.plan.lower()

@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.checkpoint import StoredTensor
 from engine.errors import UsageError
+from engine.quantised import Format, QuantisedMatrix
 
 MOST_RANKS = 1024  # that an error message tries out
 
@@ -95,8 +96,16 @@ class Rows:
     def shape(self) -> tuple[int, ...]:
         return self.stop - self.start, *self.source.shape[1:]
 
+    @property
+    def format(self) -> Format | None:
+        return getattr(self.source, "format", None)
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         return np.asarray(self.source.rows(self.start + start, self.start + stop))
+
+    def quantised_rows(self, start: int, stop: int) -> QuantisedMatrix:
+        found: QuantisedMatrix = self.source.quantised_rows(self.start + start, self.start + stop)
+        return found
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
@@ -104,7 +113,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """Some columns of a matrix. Of a plain stored tensor, nothing else is read."""
+    """Some columns of a matrix. Of a plain stored tensor, nothing else is read. One that is quantised stays so where
+    its groups are not cut."""
 
     source: Any
     start: int
@@ -121,6 +131,19 @@ class Columns:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape[0], self.stop - self.start
+
+    @property
+    def format(self) -> Format | None:
+        found: Format | None = getattr(self.source, "format", None)
+        ends = (self.start, self.stop if self.stop < self.source.shape[1] else 0)
+        return found if found and not any(end % found.group for end in ends) else None
+
+    def quantised_rows(self, start: int, stop: int) -> QuantisedMatrix:
+        whole: QuantisedMatrix = self.source.quantised_rows(start, stop)
+        columns = slice(self.start, self.stop)
+        groups = slice(self.start // whole.group, -(-self.stop // whole.group))
+        minimums = None if whole.minimums is None else whole.minimums[:, groups]
+        return QuantisedMatrix(whole.format, whole.quants[:, columns], whole.scales[:, groups], minimums)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         if isinstance(self.source, StoredTensor):

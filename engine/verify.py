@@ -17,9 +17,10 @@ from engine.runner import Runner, Sampled, Segment, Want
 from engine.sampler import SamplingParams
 
 # Bounds on the normalised mean square error of one op: float32 sums, and inputs rounded to bf16.
-NODE_BOUND = {"float32": 1e-10, "bfloat16": 1e-5}
-# Bounds on a logit's error after the whole model, in standard deviations of the logits.
-LOGIT_BOUND = {"float32": 1e-3, "bfloat16": 0.1}
+NODE_BOUND = {"float32": 1e-10, "bfloat16": 1e-5, "quantised": 1e-5}
+# Bounds on a logit's error after the whole model, in standard deviations of the logits. Products with quantised weights
+# round to 8 bits, where the smallest difference before may become a whole step.
+LOGIT_BOUND = {"float32": 1e-3, "bfloat16": 0.1, "quantised": 0.4}
 SLICE = 4096  # rows of a weight that are compared at once
 
 
@@ -51,13 +52,21 @@ def verify(model: str, token_ids: Sequence[int], gen_len: int = 0, **options: An
         return comparison.report
 
 
+def bounds_of(runner: Runner) -> str:
+    """Which bounds hold for a model."""
+    matrices = [weight for weight in runner.weights if weight.layout == "matrix"]
+    if any(weight.group for weight in matrices):
+        return "quantised"
+    exact = runner.kv_dtype == "float32" and all(weight.dtype == FLOAT32 for weight in matrices)
+    return "float32" if exact else "bfloat16"
+
+
 class Comparison:
     """Two runners of one checkpoint, fed alike."""
 
     def __init__(self, runner: Runner, oracle: Runner) -> None:
         self.runner, self.oracle = runner, oracle
-        exact = all(weight.dtype == FLOAT32 for weight in runner.weights if weight.layout == "matrix")
-        self.dtype = "float32" if exact and runner.kv_dtype == "float32" else "bfloat16"
+        self.dtype = bounds_of(runner)
         self.report = Report()
         self.worst: dict[str, float] = {}
 

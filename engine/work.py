@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.abi import constants
+from engine.abi import FLOAT32, INT8, constants
 from engine.layer import Weight
 from engine.plan import Node, Plan, Tensor
 
@@ -93,7 +93,8 @@ class NodeWork:
         mine = [range(max(span.start, n["from_pos"]), min(span.stop, n["until_pos"])) for span in spans]
         read = sum(positions_read(span, n["window"], n["sink"]) for span in mine)
         scores = sum(count_scores(span, n["window"], n["sink"]) for span in mine)
-        return Work(self.position_bytes * read, operations={kv.dtype: 4 * n["heads"] * n["head_dim"] * scores})
+        dtype = FLOAT32 if kv.dtype == INT8 else kv.dtype  # what it is multiplied as
+        return Work(self.position_bytes * read, operations={dtype: 4 * n["heads"] * n["head_dim"] * scores})
 
 
 def positions_read(span: range, window: int = 0, sink: int = 0) -> int:

@@ -3,8 +3,9 @@
  *
  * An op's struct, its C function, its Python module and its test share one name. Field names follow one rule, which
  * lets the lowering fill a struct by itself:  `x` is the address of tensor x;  `x_width` the length of its rows;
- * `x_stride` the elements from one row to the next;  `x_dtype` its enum dtype;  `rows` points to the number of rows
- * in this step;  any other field is a scalar that the layer passes under that name. */
+ * `x_stride` the elements from one row to the next;  `x_dtype` its enum dtype;  `x_group` how many inputs of a
+ * quantised matrix share a scale, else 0;  `rows` points to the number of rows in this step;  any other field is a
+ * scalar that the layer passes under that name. */
 
 enum {
     PAGE = 64,          /* positions in a page of the KV cache */
@@ -13,7 +14,12 @@ enum {
     MAX_LOGPROBS = 20   /* most alternatives reported for a token */
 };
 
-enum dtype { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2, DTYPE_I8 = 3 };
+enum dtype {
+    DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2,
+    /* Quantised weights: integers around zero times the scale of their group, or from zero up and added to its minimum.
+     * I8 is a dtype of the KV cache, too. */
+    DTYPE_I8 = 3, DTYPE_I4 = 4, DTYPE_U8 = 5, DTYPE_U4 = 6
+};
 
 enum status {
     STATUS_OK = 0,
@@ -53,7 +59,7 @@ struct embedding {
     const int32_t *token;
     const void *table;
     float *out;
-    int32_t table_dtype, out_width, vocab_size, first_id, ids;
+    int32_t table_dtype, table_group, out_width, vocab_size, first_id, ids;
 };
 void embedding(const struct embedding *op, struct worker *me);
 
@@ -85,7 +91,7 @@ struct matmul {
     const void *weight;
     const float *bias;
     float *out;
-    int32_t weight_dtype, x_width, x_stride, out_width, out_stride;
+    int32_t weight_dtype, weight_group, x_width, x_stride, out_width, out_stride;
 };
 void matmul(const struct matmul *op, struct worker *me);
 int64_t matmul_scratch(const struct matmul *op, int32_t threads, int32_t max_rows);
@@ -97,7 +103,7 @@ struct logits {
     const float *x;
     const void *weight;
     float *out;
-    int32_t weight_dtype, x_width, x_stride, out_width, out_stride;
+    int32_t weight_dtype, weight_group, x_width, x_stride, out_width, out_stride;
 };
 void logits(const struct logits *op, struct worker *me);
 int64_t logits_scratch(const struct logits *op, int32_t threads, int32_t max_rows);
@@ -217,14 +223,20 @@ struct source {
  * the panels they will read in matmul. Returns 0, 1 + the index of a source that ended too soon, or -1 for want of memory. */
 int32_t pack_matrix(const struct source *sources, int32_t count, int32_t n, int32_t k, int32_t dtype, void *packed,
                     int32_t threads);
-/* The reverse: rows [first, first + count) of a packed matrix as f32 [count, k]. */
-void unpack_matrix(const void *packed, int32_t dtype, int32_t k, int32_t first, int32_t count, float *out);
+/* Bytes of a panel of PANEL rows of a packed matrix. group: of a quantised one, else 0. */
+int64_t packed_panel_bytes(int32_t dtype, int32_t group, int32_t k);
+/* Packs n rows of a quantised matrix: quants [n, k], each in a byte of its own, counted from the lowest; scales and, for
+ * U8 and U4, minimums [n, ceil(k / group)], in f16. */
+void pack_quantised(const uint8_t *quants, const uint16_t *scales, const uint16_t *minimums, int32_t n, int32_t k,
+                    int32_t dtype, int32_t group, void *packed, int32_t threads);
+/* The reverse of both: rows [first, first + count) of a packed matrix as f32 [count, k]. */
+void unpack_matrix(const void *packed, int32_t dtype, int32_t group, int32_t k, int32_t first, int32_t count, float *out);
 
 /* Reads all of a memory on all threads, each its share as that many parallel streams: to be timed. */
 uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t streams);
 
-/* Does `rounds` of the multiply-adds that products with weights or a cache of that dtype are made of, on all threads, in
- * registers alone: to be timed. Returns the floating-point operations. */
+/* Does `rounds` of the multiply-adds that products with weights of that dtype are made of, on all threads, in registers
+ * alone: to be timed. Returns the operations, two for a multiply-add. A cache of f16 or I8 is multiplied as f32. */
 int64_t multiply_in_registers(int32_t dtype, int64_t rounds, int32_t threads);
 
 /* Bytes of one head in a page of the cache, scales included. */

@@ -123,6 +123,45 @@ void amx_product(const struct amx_product *p, int64_t rows, int64_t panels)
         multiply_lines(p, rows, panels, whole * LINES, 1, rest, p->add || whole > 0);
 }
 
+/* Over lines [from, from + lines) of the panels, added to what the tiles hold. */
+static void add_dots(const char *a, int64_t a_row, int64_t rows, const char *const b[2], int64_t from)
+{
+    _tile_loadd(6, b[0] + from * LINE_BYTES, LINE_BYTES);
+    _tile_loadd(7, b[1] + from * LINE_BYTES, LINE_BYTES);
+    _tile_loadd(4, a + from * 4, a_row);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    if (rows > ROWS) {
+        _tile_loadd(5, a + ROWS * a_row + from * 4, a_row);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+}
+
+void amx_dots(const char *a, int64_t a_row, int64_t rows, const char *const b[2], int64_t quads, int32_t *sums)
+{
+    const int64_t row_bytes = 2 * PANEL * 4;
+    set_shape((struct shape){{(int32_t)min_i64(ROWS, rows), (int32_t)max_i64(0, rows - ROWS)},
+                             (int32_t)min_i64(LINES, quads)});
+    SETTLE(a);
+    SETTLE(b[0]);
+    _tile_zero(0);
+    _tile_zero(1);
+    if (rows > ROWS) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t from = 0; from < quads; from += LINES) /* quads: fewer than LINES, or whole tiles of them */
+        add_dots(a, a_row, rows, b, from);
+    _tile_stored(0, sums, row_bytes);
+    _tile_stored(1, sums + PANEL, row_bytes);
+    if (rows > ROWS) {
+        _tile_stored(2, sums + ROWS * 2 * PANEL, row_bytes);
+        _tile_stored(3, sums + ROWS * 2 * PANEL + PANEL, row_bytes);
+    }
+    SETTLE(sums);
+}
+
 int64_t amx_in_registers(int64_t rounds)
 {
     set_shape((struct shape){{ROWS, ROWS}, LINES});

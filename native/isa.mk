@@ -10,4 +10,4 @@ FLAGS_avx2        := -mavx2 -mfma -mf16c
 FLAGS_avx512f     := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
 FLAGS_avx512_vnni := $(FLAGS_avx512f) -mavx512vnni
 FLAGS_avx512_bf16 := $(FLAGS_avx512_vnni) -mavx512bf16
-FLAGS_avx512_amx  := $(FLAGS_avx512_bf16) -mamx-tile -mamx-bf16
+FLAGS_avx512_amx  := $(FLAGS_avx512_bf16) -mamx-tile -mamx-bf16 -mamx-int8

@@ -12,13 +12,13 @@ int64_t kv_head_bytes(int32_t dtype, int32_t head_dim)
     return page_head_bytes(dtype, head_dim) + page_scales(dtype) * 4;
 }
 
-/* Whether there is a tile unit for bf16, and whether the kernel lets this process use it: it must be asked. */
+/* Whether there is a tile unit for bf16 and int8, and whether the kernel lets this process use it: it must be asked. */
 static bool has_amx(void)
 {
 #if defined(__x86_64__) && defined(__linux__)
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25 };
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE) &&
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE) && (d & AMX_INT8) &&
            syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 #else
     return false;

@@ -1,21 +1,12 @@
 /* Packed matrix times one row or many, the same arithmetic for both: each output is one chain over k. Threads share
  * out the panels, the same way for every step, so that each reads the weights that it put into memory itself. */
 #include "amx.h"
+#include "quantised.h"
 #include "tile.h"
 
 enum {
     COLUMNS = LANES == 16 ? 2 : 1,                    /* panels of a tile when there are many rows */
     TILE_ROWS = ACCUMULATORS / (COLUMNS * VECTORS)    /* 12, 6, 3 */
-};
-
-struct product {
-    const int32_t *row_index; /* which rows of x; NULL: all, in order */
-    const float *x;
-    const char *weight;
-    const float *bias;
-    float *out;
-    int64_t rows, k, x_stride, out_width, out_stride;
-    int32_t dtype;
 };
 
 /* Floats of packed x per row: one for each input, or one for each pair of bf16. */
@@ -30,8 +21,10 @@ static int64_t packed_floats(int32_t dtype, int64_t k)
 static int64_t amx_scratch(int64_t k, int64_t rows, int32_t threads);
 #endif
 
-static int64_t scratch_bytes(int32_t dtype, int64_t k, int64_t rows, int32_t threads)
+static int64_t scratch_bytes(int32_t dtype, int64_t group, int64_t k, int64_t rows, int32_t threads)
 {
+    if (is_quantised(dtype))
+        return quantised_scratch(dtype, group, k, rows, threads);
 #ifdef __AMX_BF16__
     if (dtype == DTYPE_BF16)
         return amx_scratch(k, rows, threads);
@@ -66,7 +59,7 @@ static void pack_x(const struct product *p, struct worker *me, float *packed)
     int64_t floats = packed_floats(p->dtype, p->k);
     for (int64_t row = rows.begin; row < rows.end; row++) {
         int64_t first = row / TILE_ROWS * TILE_ROWS, m = min_i64(TILE_ROWS, p->rows - first);
-        const float *x = p->x + (p->row_index ? p->row_index[row] : row) * p->x_stride;
+        const float *x = product_row(p, row);
         pack_row(x, p->k, p->dtype, packed + first * floats, m, row - first);
     }
 }
@@ -138,7 +131,7 @@ static void amx_pack_x(const struct product *p, struct worker *me, char *packed)
 {
     struct range rows = my_share(me, p->rows);
     for (int64_t row = rows.begin; row < rows.end; row++) {
-        const float *x = p->x + (p->row_index ? p->row_index[row] : row) * p->x_stride;
+        const float *x = product_row(p, row);
         char *to = packed + row / BLOCK * amx_block_bytes(p->k) + row % BLOCK * 64;
         for (int64_t i = 0; i < p->k; i += 32, to += 1024) {
             int64_t left = p->k - i;
@@ -193,6 +186,10 @@ static void multiply_by_tiles(const struct product *p, struct worker *me)
 
 static void multiply(const struct product *p, struct worker *me)
 {
+    if (is_quantised(p->dtype)) {
+        multiply_quantised(p, me);
+        return;
+    }
 #ifdef __AMX_BF16__
     if (p->dtype == DTYPE_BF16) {
         multiply_by_tiles(p, me);
@@ -223,24 +220,24 @@ void matmul(const struct matmul *op, struct worker *me)
 {
     struct product p = {.x = op->x, .weight = op->weight, .bias = op->bias, .out = op->out, .rows = *op->rows,
                         .k = op->x_width, .x_stride = op->x_stride, .out_width = op->out_width,
-                        .out_stride = op->out_stride, .dtype = op->weight_dtype};
+                        .out_stride = op->out_stride, .dtype = op->weight_dtype, .group = op->weight_group};
     multiply(&p, me);
 }
 
 int64_t matmul_scratch(const struct matmul *op, int32_t threads, int32_t max_rows)
 {
-    return scratch_bytes(op->weight_dtype, op->x_width, max_rows, threads);
+    return scratch_bytes(op->weight_dtype, op->weight_group, op->x_width, max_rows, threads);
 }
 
 void logits(const struct logits *op, struct worker *me)
 {
     struct product p = {.row_index = op->row_index, .x = op->x, .weight = op->weight, .out = op->out,
                         .rows = *op->rows, .k = op->x_width, .x_stride = op->x_stride, .out_width = op->out_width,
-                        .out_stride = op->out_stride, .dtype = op->weight_dtype};
+                        .out_stride = op->out_stride, .dtype = op->weight_dtype, .group = op->weight_group};
     multiply(&p, me);
 }
 
 int64_t logits_scratch(const struct logits *op, int32_t threads, int32_t max_rows)
 {
-    return scratch_bytes(op->weight_dtype, op->x_width, max_rows, threads);
+    return scratch_bytes(op->weight_dtype, op->weight_group, op->x_width, max_rows, threads);
 }

@@ -1,5 +1,6 @@
 /* What the machine can do at best, measured in the same process as what is held against it. */
 #include "amx.h"
+#include "quantised.h"
 #include "tile.h"
 
 /* The xor of all 8-byte words, read as `streams` parallel runs: CPUs differ in how many their prefetchers like. */
@@ -53,6 +54,25 @@ INLINE void multiply_rounds(int64_t rounds, const enum line kind)
     vec_store(measured_sums, acc[0]);
 }
 
+/* The same of the integer dots that quantised weights take. */
+INLINE void dot_rounds(int64_t rounds)
+{
+    ivec acc[CHAINS / 2];
+    const int32_t x[2] = {0x01010101, 0x01010101};
+#pragma GCC unroll 24
+    for (int i = 0; i < CHAINS / 2; i++)
+        acc[i] = ivec_set(i);
+    for (int64_t n = 0; n < rounds; n++) {
+        ivec w = ivec_load(measured_weights + (n & 1) * LANES);
+#pragma GCC unroll 24
+        for (int i = 0; i < CHAINS / 2; i++)
+            acc[i] = ivec_dot(acc[i], w, x);
+    }
+    for (int i = 1; i < CHAINS / 2; i++)
+        acc[0] = ivec_add(acc[0], acc[i]);
+    vec_store(measured_sums, ivec_to_vec(acc[0]));
+}
+
 int64_t multiply_in_registers(int32_t dtype, int64_t rounds, int32_t threads)
 {
 #ifdef __AMX_BF16__
@@ -73,11 +93,15 @@ int64_t multiply_in_registers(int32_t dtype, int64_t rounds, int32_t threads)
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
 #endif
     for (int32_t t = 0; t < threads; t++) {
-        if (dtype == DTYPE_BF16)
+        if (is_quantised(dtype))
+            dot_rounds(rounds);
+        else if (dtype == DTYPE_BF16)
             multiply_rounds(rounds, LINE_BF16);
         else
             multiply_rounds(rounds, LINE_F32);
     }
+    if (is_quantised(dtype))
+        return rounds * threads * (CHAINS / 2) * LANES * 4 * 2;
     int64_t inputs = dtype == DTYPE_BF16 && BF16_FLOATS == 1 ? 2 : 1;
     return rounds * threads * CHAINS * LANES * inputs * 2;
 }

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "quantised.h"
 #include "simd.h"
 
 static int64_t element_bytes(int32_t dtype) { return dtype == DTYPE_F32 ? 4 : 2; }
@@ -138,4 +139,9 @@ int32_t pack_matrix(const struct source *sources, int32_t count, int32_t n, int3
         }
     }
     return failed;
+}
+
+int64_t packed_panel_bytes(int32_t dtype, int32_t group, int32_t k)
+{
+    return is_quantised(dtype) ? quantised_panel_bytes(dtype, group, k) : panel_bytes(dtype, k);
 }

@@ -49,6 +49,34 @@ INLINE vec line_odd(const void *p)
 }
 INLINE float vec_reduce_add(vec x) { return _mm512_reduce_add_ps(x); }
 INLINE float vec_reduce_max(vec x) { return _mm512_reduce_max_ps(x); }
+typedef __m512i ivec; /* LANES integers of 32 bits, or as many quads of bytes */
+INLINE ivec ivec_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE ivec ivec_set(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE ivec ivec_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
+INLINE ivec ivec_low_halves(ivec x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+INLINE ivec ivec_high_halves(ivec x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+INLINE vec ivec_to_vec(ivec x) { return _mm512_cvtepi32_ps(x); }
+INLINE void vec_round_bytes(vec x, int8_t *out) /* whole numbers of a byte each, ties to even */
+{
+    _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+#if defined(__AVX512VNNI__)
+#define QUAD_WORDS 1
+/* acc + the products of the unsigned quads in w with the signed quad at x. Tied to its register as in vec_dot_bf16. */
+INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(x[0])));
+    return acc;
+}
+#else
+#define QUAD_WORDS 2
+INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
+{
+    __m512i even = _mm512_and_si512(w, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(w, 8);
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even, _mm512_set1_epi32(x[0])));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(odd, _mm512_set1_epi32(x[1])));
+}
+#endif
 /* The 16 × 16 matrix of 4-byte units at byte `at` of 16 rows, turned: out[i] is column i. */
 INLINE void transpose_units(const char *const row[PANEL], int64_t at, uint32_t *out)
 {
@@ -122,6 +150,28 @@ INLINE vec line_even(const void *p) { return _mm256_castsi256_ps(_mm256_slli_epi
 INLINE vec line_odd(const void *p)
 {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(p), _mm256_set1_epi32((int)0xffff0000)));
+}
+typedef __m256i ivec;
+#define QUAD_WORDS 2
+INLINE ivec ivec_load(const void *p) { return _mm256_loadu_si256(p); }
+INLINE ivec ivec_set(int32_t x) { return _mm256_set1_epi32(x); }
+INLINE ivec ivec_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
+INLINE ivec ivec_low_halves(ivec x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+INLINE ivec ivec_high_halves(ivec x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+INLINE vec ivec_to_vec(ivec x) { return _mm256_cvtepi32_ps(x); }
+INLINE void vec_round_bytes(vec x, int8_t *out)
+{
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x), _mm256_setzero_si256());
+    __m256i bytes = _mm256_packs_epi16(words, words);
+    int32_t low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
+    memcpy(out, &low, 4);
+    memcpy(out + 4, &high, 4);
+}
+INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
+{
+    __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, _mm256_set1_epi32(x[0])));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(odd, _mm256_set1_epi32(x[1])));
 }
 INLINE void transpose_units_8x8(const char *const row[8], int64_t at, uint32_t *out)
 {
@@ -212,6 +262,29 @@ INLINE vec line_odd(const void *p)
     memcpy(&out, w, sizeof out);
     return out;
 }
+typedef struct { uint32_t lane[LANES]; } ivec;
+#define QUAD_WORDS 1
+#define EACH_WORD(expression) ivec out; for (int i = 0; i < LANES; i++) out.lane[i] = (expression); return out
+INLINE ivec ivec_load(const void *p) { ivec out; memcpy(&out, p, sizeof out); return out; }
+INLINE ivec ivec_set(int32_t x) { EACH_WORD((uint32_t)x); }
+INLINE ivec ivec_add(ivec a, ivec b) { EACH_WORD(a.lane[i] + b.lane[i]); }
+INLINE ivec ivec_low_halves(ivec x) { EACH_WORD(x.lane[i] & 0x0f0f0f0f); }
+INLINE ivec ivec_high_halves(ivec x) { EACH_WORD(x.lane[i] >> 4 & 0x0f0f0f0f); }
+INLINE vec ivec_to_vec(ivec x) { EACH((float)(int32_t)x.lane[i]); }
+INLINE void vec_round_bytes(vec x, int8_t *out)
+{
+    vec whole = vec_round(x);
+    for (int i = 0; i < LANES; i++)
+        out[i] = (int8_t)whole.lane[i];
+}
+INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
+{
+    int8_t quad[4];
+    memcpy(quad, x, sizeof quad);
+    EACH_WORD(acc.lane[i] + (w.lane[i] & 255) * (uint32_t)quad[0] + (w.lane[i] >> 8 & 255) * (uint32_t)quad[1] +
+              (w.lane[i] >> 16 & 255) * (uint32_t)quad[2] + (w.lane[i] >> 24) * (uint32_t)quad[3]);
+}
+#undef EACH_WORD
 INLINE void transpose_units(const char *const row[PANEL], int64_t at, uint32_t *out)
 {
     for (int lane = 0; lane < PANEL; lane++)

@@ -70,15 +70,15 @@ def raise_in_a_plan() -> None:
 def load_slowly() -> None:
     load = Runner.load
 
-    def slow(self: Runner, progress: Any = None) -> None:
+    def slow(self: Runner, progress: Any = None, cache: bool = False) -> None:
         time.sleep(2)
-        load(self, progress)
+        load(self, progress, cache)
 
     Runner.load = slow  # type: ignore[method-assign]
 
 
 def fail_to_load() -> None:
-    def failing(self: Runner, progress: Any = None) -> None:
+    def failing(self: Runner, progress: Any = None, cache: bool = False) -> None:
         raise MemoryError("on purpose")
 
     Runner.load = failing  # type: ignore[method-assign]

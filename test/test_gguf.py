@@ -143,7 +143,10 @@ def dequantised(directory: Path, file: Path) -> Path:
     return other
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
+KEPT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "int8", "Q4_0": "int4", "Q5_1": "uint8"}
+
+
+@pytest.mark.parametrize("kind", KEPT)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_same_values_in_safetensors(family: str, kind: str, tmp_path: Path) -> None:
     directory = random_model(tmp_path / "model", family, tied=kind != "Q8_0")
@@ -151,9 +154,14 @@ def test_logits_are_those_of_the_same_values_in_safetensors(family: str, kind: s
     write_gguf(directory, file, kind)
     expected = LLM(dequantised(directory, file), dtype="float32").logits(IDS)
     assert equal(LLM(file, dtype="float32").logits(IDS), expected)
-    narrow = LLM(file)
-    assert narrow.runner.model.embedding.table.dtype == {"F32": np.float32, "F16": np.float16}.get(kind, "bfloat16")
-    assert (narrow.logits(IDS) - expected).std() < 0.04 * expected.std()
+    kept = LLM(file)
+    assert kept.runner.model.embedding.table.dtype.name == KEPT[kind]
+    assert (kept.logits(IDS) - expected).std() < 0.04 * expected.std()
+    with LLM(file, dtype="float32") as decoded:
+        for mine, same in zip(kept.runner.weights, decoded.runner.weights, strict=True):
+            if mine.group:  # number for number what the blocks mean
+                values = [np.asarray(kept.device.download(w)[: w.shape[0]]) for w in (mine, same)]
+                assert np.array_equal(values[0], values[1]), mine.name
     original = LLM(directory, dtype="float32").logits(IDS)
     assert (expected - original).std() < (0.5 if kind in ("Q4_0", "Q5_1") else 0.05) * original.std()
 
@@ -179,6 +187,9 @@ def test_what_llama_cpp_s_quantiser_wrote(kind: str, device: str, tmp_path: Path
     same_values = dequantised(tmp_path / "model", file)
     expected = LLM(same_values, dtype="float32", device=device).logits(IDS)
     assert equal(LLM(file, dtype="float32", device=device).logits(IDS), expected)
+    kept = LLM(file, device=device)
+    assert {w.dtype.name for w in kept.runner.weights if w.group} >= {"int8", "uint4"}
+    assert (kept.logits(IDS) - expected).std() < 0.04 * expected.std()
     checkpoint, original = open_model(file, dtype="float32").checkpoint, open_model(tmp_path / "model").checkpoint
     for name, tensor in original.tensors.items():
         values = tensor.read()

@@ -51,14 +51,16 @@ class Device(ABC):
 
     type: str
     description: str  # one phrase for people: what was chosen and why
+    notes: list[str]  # and what else they should know, each a line
 
     @abstractmethod
     def allocate(self, tensors: Sequence[Tensor]) -> None:
         """One zeroed buffer, large enough for the largest, that all these tensors share."""
 
     @abstractmethod
-    def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
-        """Reads weights into the device's own layout. Raises RillError naming the source that cannot be read."""
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
+        """Reads weights into the device's own layout. cache: quantised ones may be kept in the user's cache directory,
+        and taken from there. Raises RillError naming the source that cannot be read."""
 
     @abstractmethod
     def weight_bytes(self, weight: Weight) -> int:

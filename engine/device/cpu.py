@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from engine import abi, machine
 from engine.device import Cancelled, Device, NotFiniteError, Program, Progress, TokenError
 from engine.errors import RillError, UsageError
 from engine.int8 import Int8Array, dequantise, quantise
+from engine.packed_cache import cached_file, read_cached, write_cached
 
 if TYPE_CHECKING:
     from engine.layer import Weight
     from engine.plan import Plan, Tensor
+    from engine.quantised import QuantisedMatrix
 
 HUGE_PAGE = 2 << 20
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -88,6 +91,7 @@ class CPUDevice(Device):
         self.library = abi.open_library(isa)
         self.control = abi.ffi.new("struct control *")
         self.arena = reserve(1)  # the weights of the last load, one after another
+        self.notes = []
 
     # Storage. A dense tensor's is an ndarray of its logical shape, any other's the bytes that the kernels read.
 
@@ -101,36 +105,69 @@ class CPUDevice(Device):
             count = int(np.prod(tensor.shape, dtype=np.int64))
             tensor.storage = buffer[: count * tensor.dtype.itemsize].view(tensor.dtype).reshape(tensor.shape)
 
-    def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
-        total = sum(self.weight_bytes(weight) for weight in weights)
-        self.arena, done = reserve(total), 0
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
+        total = self._place(weights)
+        kept = cached_file(weights) if cache else None
+        if kept and read_cached(kept, self.arena):
+            if progress:
+                progress(total, total)
+            return
+        done = 0
         for weight in weights:
-            size = self.weight_bytes(weight)
-            self._load(weight, self.arena[done : done + size])
-            done += size
+            self._load(weight)
+            done += self.weight_bytes(weight)
             if progress:
                 progress(done, total)
+        if kept and (problem := write_cached(kept, self.arena)):
+            self.notes.append(f"quantised weights are not kept: {problem}")
 
-    def _load(self, weight: Weight, memory: np.ndarray) -> None:
-        if weight.layout == "matrix":
-            weight.storage = memory
-            if any(hasattr(source, "rows") and not hasattr(source, "file") for source in weight.sources):
-                self._pack_decoded(weight)
+    def _place(self, weights: Sequence[Weight]) -> int:
+        """Gives all weights their memory, one after another. Returns how much that is."""
+        sizes = [self.weight_bytes(weight) for weight in weights]
+        self.arena, start = reserve(sum(sizes)), 0
+        for weight, size in zip(weights, sizes, strict=True):
+            memory = self.arena[start : start + size]
+            start += size
+            if weight.layout == "matrix":
+                weight.storage = memory
             else:
-                self._pack(weight, weight.sources, 0, weight.shape[0])
-            return
-        parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
-        values = np.concatenate([part.astype(weight.dtype) for part in parts])
-        weight.storage = memory[: values.nbytes].view(weight.dtype).reshape(weight.shape)
-        weight.storage[...] = values
+                count = int(np.prod(weight.shape, dtype=np.int64))
+                weight.storage = memory[: count * weight.dtype.itemsize].view(weight.dtype).reshape(weight.shape)
+        return sum(sizes)
+
+    def _load(self, weight: Weight) -> None:
+        if weight.layout != "matrix":
+            parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
+            weight.storage[...] = np.concatenate([part.astype(weight.dtype) for part in parts])
+        elif weight.group:
+            self._pack_quantised(weight)
+        elif any(hasattr(source, "rows") and not hasattr(source, "file") for source in weight.sources):
+            self._pack_decoded(weight)
+        else:
+            self._pack(weight, weight.sources, 0, weight.shape[0])
 
     def _pack_decoded(self, weight: Weight) -> None:
-        """Packs rows that are decoded first, so many at a time that the whole never lies in memory twice."""
-        panel = abi.constants.PANEL
-        step = max(DECODED // (4 * weight.shape[1]) // panel, 1) * panel
-        for first in range(0, weight.shape[0], step):
-            count = min(step, weight.shape[0] - first)
-            self._pack(weight, [weight.stacked_rows(first, first + count)], first, count)
+        for first, last in slices(weight):
+            self._pack(weight, [weight.stacked_rows(first, last)], first, last - first)
+
+    def _pack_quantised(self, weight: Weight) -> None:
+        parts = list(slices(weight))
+        with ThreadPoolExecutor(self.threads) as pool:
+            for i in range(0, len(parts), self.threads):  # so many at a time that they take little memory
+                firsts, lasts = zip(*parts[i : i + self.threads], strict=True)
+                for first, rows in zip(firsts, pool.map(weight.quantised_rows, firsts, lasts), strict=True):
+                    self._pack_quants(weight, first, rows)
+
+    def _pack_quants(self, weight: Weight, first: int, rows: QuantisedMatrix) -> None:
+        arrays = [np.ascontiguousarray(a) for a in (rows.quants, rows.scales, rows.minimums) if a is not None]
+        pointers = [abi.ffi.cast("void *", abi.address(array)) for array in arrays] + [abi.ffi.NULL]
+        self.library.pack_quantised(*pointers[:3], *rows.shape, abi.DTYPE_CODES[weight.dtype], weight.group,
+                                    self._panels(weight, first), self.threads)  # fmt: skip
+
+    def _panels(self, weight: Weight, row: int) -> Any:
+        """The address of the panel that begins with a row."""
+        offset = row // abi.constants.PANEL * self.panel_bytes(weight)
+        return abi.ffi.cast("void *", abi.address(weight.storage) + offset)
 
     def _pack(self, weight: Weight, stacked: Sequence[Any], first: int, count: int) -> None:
         """Packs sources as `count` rows of a weight, from row `first` on, a multiple of a panel's."""
@@ -151,10 +188,9 @@ class CPUDevice(Device):
                 else:
                     keep_alive.append(np.ascontiguousarray(source))
                     entry.fd, entry.data = -1, abi.ffi.cast("void *", abi.address(keep_alive[-1]))
-            panels = weight.storage[first // abi.constants.PANEL * self.panel_bytes(weight) :]
             short = self.library.pack_matrix(sources, len(sources), count, weight.shape[1],
-                                             abi.DTYPE_CODES[weight.dtype],
-                                             abi.ffi.cast("void *", abi.address(panels)), self.threads)  # fmt: skip
+                                             abi.DTYPE_CODES[weight.dtype], self._panels(weight, first),
+                                             self.threads)  # fmt: skip
         finally:
             for fd in files.values():
                 os.close(fd)
@@ -172,9 +208,8 @@ class CPUDevice(Device):
         return -(-size // ALIGNMENT) * ALIGNMENT
 
     def panel_bytes(self, weight: Weight) -> int:
-        """Of PANEL rows of a packed matrix: bf16 has its inputs in pairs."""
-        width = weight.shape[1] + (weight.shape[1] % 2 if weight.dtype == abi.BFLOAT16 else 0)
-        return int(abi.constants.PANEL * width * weight.dtype.itemsize)
+        """Of PANEL rows of a packed matrix."""
+        return int(self.library.packed_panel_bytes(abi.DTYPE_CODES[weight.dtype], weight.group, weight.shape[1]))
 
     def cache_bytes(self, dtype: np.dtype, head_dim: int) -> int:
         return int(self.library.kv_head_bytes(abi.DTYPE_CODES[dtype], head_dim))
@@ -320,12 +355,20 @@ def reserve(size: int) -> np.ndarray:
     return memory[start : start + size]
 
 
+def slices(weight: Weight) -> Iterator[tuple[int, int]]:
+    """Rows [first, last) to be decoded or quantised at once, whole panels: the whole never lies in memory twice."""
+    panel = abi.constants.PANEL
+    step = max(DECODED // (4 * weight.shape[1]) // panel, 1) * panel
+    for first in range(0, weight.shape[0], step):
+        yield first, min(first + step, weight.shape[0])
+
+
 class PackedMatrix:
     """A packed matrix as the oracle sees it: rows unpack to float32 when they are asked for."""
 
     def __init__(self, device: CPUDevice, tensor: Tensor) -> None:
         self.device, self.tensor = device, tensor
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.shape, self.dtype, self.group = tensor.shape, tensor.dtype, tensor.group
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
@@ -336,7 +379,7 @@ class PackedMatrix:
     def _unpack(self, first: int, count: int) -> np.ndarray:
         out = np.empty((count, self.shape[1]), np.float32)
         self.device.library.unpack_matrix(self.device.pointer(self.tensor), abi.DTYPE_CODES[self.dtype],
-                                          self.shape[1], first, count,
+                                          self.group, self.shape[1], first, count,
                                           abi.ffi.cast("float *", abi.address(out)))  # fmt: skip
         return out
 

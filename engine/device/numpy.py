@@ -31,6 +31,7 @@ class NumPyDevice(Device):
 
     def __init__(self) -> None:
         self.stop = threading.Event()
+        self.notes = []
 
     def allocate(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:  # nothing shared: an oracle may be wasteful, not surprising
@@ -39,9 +40,13 @@ class NumPyDevice(Device):
             if in_eight_bits:
                 tensor.storage = tensor.storage.view(Int8Array)
 
-    def load(self, weights: Sequence[Weight], progress: Progress | None = None) -> None:
+    def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
         total, done = sum(self.weight_bytes(w) for w in weights), 0
         for weight in weights:
+            if weight.group:
+                weight.storage = weight.quantised_rows(0, weight.shape[0])
+                done += self.weight_bytes(weight)
+                continue
             parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
             same = len(parts) == 1 and parts[0].dtype == weight.dtype
             weight.storage = parts[0] if same else np.concatenate([p.astype(weight.dtype) for p in parts])
@@ -65,7 +70,8 @@ class NumPyDevice(Device):
         tensor.storage = array
 
     def download(self, tensor: Tensor) -> np.ndarray:
-        return self.view(tensor).copy()
+        array = self.view(tensor)
+        return array if tensor.group else array.copy()
 
     def view(self, tensor: Tensor) -> np.ndarray:
         array = tensor.owner.storage

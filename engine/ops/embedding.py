@@ -23,7 +23,8 @@ def embedding(
 
 
 class Embedding(Layer):
-    """Rows of a table [vocab_size, hidden]. forward: token [rows] int32 -> [rows, hidden].
+    """Rows of a table [vocab_size, hidden]. forward: token [rows] int32 -> [rows, hidden]. Where dtype asks for 4 bits
+    it has 8, which the logits need that are made of the same table.
 
     Split, a rank holds the rows of its ids, gives zeros for others, and all ranks' are summed. Raises TokenError when
     a plan meets an id outside the table.
@@ -34,7 +35,7 @@ class Embedding(Layer):
     ) -> None:
         super().__init__(name, device)
         self.vocab_size, self.first_id = table.shape[0], split.part(table.shape[0]).start
-        self.table = matrix(f"{self.name}.weight", [split.outputs(table)], dtype)
+        self.table = matrix(f"{self.name}.weight", [split.outputs(table)], dtype.replace("int4", "int8"))
         self.all_reduce = AllReduce(split, f"{self.name}.all_reduce", device)
 
     def record(self, token: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ import numpy as np
 from engine.device import Device
 from engine.layer import Layer, Source, matrix, vector
 from engine.plan import Tensor, op
+from engine.quantised import round_inputs
 
 SLICE = 4096  # rows of a weight that are widened at once
 
 
 def multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-    """out = x · weightᵀ in float32, the weight widened slice by slice."""
+    """out = x · weightᵀ in float32, the weight widened slice by slice. A quantised one rounds x, too."""
+    if group := getattr(weight, "group", 0):
+        x = round_inputs(x, group)
     for start in range(0, weight.shape[0], SLICE):
         piece = np.asarray(weight[start : start + SLICE], np.float32)
         out[:, start : start + len(piece)] = x @ piece.T
@@ -29,11 +32,12 @@ class Linear(Layer):
     """x · weightᵀ + bias.
 
     weights: one or several [outputs, inputs], stacked into one matrix, so that q, k and v are one multiplication;
-    biases: as many [outputs]. dtype: "auto" keeps the stored one, "float32" widens.
+    biases: as many [outputs]. dtype: "auto" keeps the stored one, "float32" widens, "int8" and "int4" quantise.
     forward: x [rows, inputs] -> [rows, all outputs].
 
     Arithmetic, the same for one row and many: sums in float32, in order of the inputs. bf16 weights take inputs
-    rounded to bf16 where the CPU has the bf16 dot instruction (isa avx512_bf16), float32 inputs elsewhere.
+    rounded to bf16 where the CPU has the bf16 dot instruction (isa avx512_bf16), float32 inputs elsewhere; quantised
+    ones take inputs rounded to 8 bits, and their groups are summed one after the other.
     """
 
     def __init__(

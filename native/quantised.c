@@ -1,0 +1,421 @@
+#include "quantised.h"
+
+#include <math.h>
+
+#include "amx.h"
+#include "simd.h"
+
+enum {
+    COLUMNS = LANES == 16 ? 2 : 1,                      /* panels of a tile when there are many rows */
+    TILE_ROWS = LANES == 16 ? 6 : LANES == 8 ? 2 : 1,   /* sums in integers and in floats fill the registers */
+    WAITING_ROWS = 3                                    /* so few rows wait for memory */
+};
+
+/* Packing. */
+
+static void put_quant(uint8_t *lines, int32_t dtype, int64_t input, int64_t lane, uint8_t quant)
+{
+    int64_t quad = input / 4;
+    if (quant_bits(dtype) == 8)
+        lines[(quad * PANEL + lane) * 4 + input % 4] = quant;
+    else
+        lines[(quad / 2 * PANEL + lane) * 4 + input % 4] |= (uint8_t)(quad % 2 ? quant << 4 : quant);
+}
+
+static int32_t get_quant(const uint8_t *lines, int32_t dtype, int64_t input, int64_t lane)
+{
+    int64_t quad = input / 4;
+    if (quant_bits(dtype) == 8)
+        return lines[(quad * PANEL + lane) * 4 + input % 4];
+    uint8_t both = lines[(quad / 2 * PANEL + lane) * 4 + input % 4];
+    return quad % 2 ? both >> 4 : both & 15;
+}
+
+/* A row of scales, or of minimums, in the head of a group's block. */
+static char *group_head(char *panel, int32_t dtype, int64_t group, int64_t g, bool minimums)
+{
+    int64_t groups = block_groups(dtype);
+    return panel + g / groups * block_bytes(dtype, group) + (minimums ? 1 : g % groups) * PANEL * 2;
+}
+
+static uint8_t *group_lines(char *panel, int32_t dtype, int64_t group, int64_t g)
+{
+    int64_t groups = block_groups(dtype);
+    return (uint8_t *)panel + g / groups * block_bytes(dtype, group) + 64 + g % groups * group_bytes(dtype, group);
+}
+
+static void pack_row(char *panel, int64_t lane, const uint8_t *quants, const uint16_t *scales, const uint16_t *minimums,
+                     int64_t k, int32_t dtype, int64_t group)
+{
+    for (int64_t g = 0; g * group < k; g++) {
+        uint8_t *lines = group_lines(panel, dtype, group, g);
+        memcpy(group_head(panel, dtype, group, g, false) + lane * 2, scales + g, 2);
+        if (minimums)
+            memcpy(group_head(panel, dtype, group, g, true) + lane * 2, minimums + g, 2);
+        for (int64_t i = 0; i < min_i64(group, k - g * group); i++)
+            put_quant(lines, dtype, i, lane, quants[g * group + i]);
+    }
+}
+
+void pack_quantised(const uint8_t *quants, const uint16_t *scales, const uint16_t *minimums, int32_t n, int32_t k,
+                    int32_t dtype, int32_t group, void *packed, int32_t threads)
+{
+    int64_t bytes = quantised_panel_bytes(dtype, group, k), groups = (k + group - 1) / group;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static)
+#endif
+    for (int64_t panel = 0; panel < (n + PANEL - 1) / PANEL; panel++) {
+        char *to = (char *)packed + panel * bytes;
+        memset(to, 0, (size_t)bytes);
+        for (int64_t row = panel * PANEL; row < min_i64(n, (panel + 1) * PANEL); row++)
+            pack_row(to, row % PANEL, quants + row * k, scales + row * groups, minimums ? minimums + row * groups : NULL,
+                     k, dtype, group);
+    }
+    (void)threads;
+}
+
+void unpack_quantised_row(const void *packed, int32_t dtype, int64_t group, int64_t k, int64_t row, float *out)
+{
+    char *panel = (char *)packed + row / PANEL * quantised_panel_bytes(dtype, group, k);
+    int64_t lane = row % PANEL;
+    for (int64_t g = 0; g * group < k; g++) {
+        const uint8_t *lines = group_lines(panel, dtype, group, g);
+        uint16_t scale, minimum = 0;
+        memcpy(&scale, group_head(panel, dtype, group, g, false) + lane * 2, 2);
+        if (has_minimums(dtype))
+            memcpy(&minimum, group_head(panel, dtype, group, g, true) + lane * 2, 2);
+        for (int64_t i = 0; i < min_i64(group, k - g * group); i++)
+            out[g * group + i] = (float)(get_quant(lines, dtype, i, lane) - quant_zero(dtype)) * f16_to_f32(scale)
+                                 + f16_to_f32(minimum);
+    }
+}
+
+/* Inputs: for each row and group a record of words, that is: */
+enum { SCALE, START, SUM, QUADS = 4 }; /* f32; -zero · Σ, where the dots begin; f32 scale · Σ; quads of bytes from here on */
+
+static int64_t record_words(int64_t group) { return QUADS + group / 4 * QUAD_WORDS; }
+static int64_t row_words(int32_t dtype, int64_t group, int64_t k)
+{
+    return quant_blocks(dtype, group, k) * block_groups(dtype) * record_words(group);
+}
+
+static int64_t inputs_bytes(int32_t dtype, int64_t group, int64_t k, int64_t rows)
+{
+    return round_up(rows * row_words(dtype, group, k) * 4, 64);
+}
+
+#ifdef __AMX_INT8__
+/* Bytes of a panel whose quants have a byte each. */
+static int64_t widened_bytes(int32_t dtype, int64_t group, int64_t k)
+{
+    return quant_blocks(dtype, group, k) * block_groups(dtype) * group * PANEL;
+}
+#endif
+
+int64_t quantised_scratch(int32_t dtype, int64_t group, int64_t k, int64_t rows, int32_t threads)
+{
+    int64_t bytes = inputs_bytes(dtype, group, k, rows);
+#ifdef __AMX_INT8__
+    if (quant_bits(dtype) == 4)
+        bytes += threads * 2 * widened_bytes(dtype, group, k);
+#endif
+    (void)threads;
+    return bytes;
+}
+
+/* A quad of bytes as the dot takes it: where there is none for bytes, as pairs of 16 bits, the even ones first. */
+static void store_quad(int32_t *words, const int8_t *quad)
+{
+#if QUAD_WORDS == 1
+    memcpy(words, quad, 4);
+#else
+    int16_t pairs[4] = {quad[0], quad[2], quad[1], quad[3]};
+    memcpy(words, pairs, sizeof pairs);
+#endif
+}
+
+/* Rounds `count` inputs of a group, the rest of which is zero. What is not finite makes the scale NaN. */
+static void round_group(const float *x, int64_t count, int64_t group, int32_t zero, int32_t *record)
+{
+    enum { MOST = 256 };
+    int8_t bytes[MOST];
+    int32_t sum = 0;
+    vec most = vec_set(0.0f), nothing = vec_set(0.0f);
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec v = vec_load_upto(x + i, count - i);
+        most = vec_max(most, vec_max(v, vec_sub(vec_set(0.0f), v)));
+        nothing = vec_fma(v, vec_set(0.0f), nothing); /* or NaN */
+    }
+    float largest = vec_reduce_max(most), factor = largest > 0.0f ? 127.0f / largest : 0.0f;
+    bool finite = vec_reduce_add(nothing) == 0.0f;
+    factor = finite && factor < INFINITY ? factor : 0.0f; /* what is too close to zero for it is zero */
+    for (int64_t i = 0; i < group; i += LANES) {
+        vec v = i < count && finite ? vec_load_upto(x + i, count - i) : vec_set(0.0f);
+        vec_round_bytes(vec_mul(v, vec_set(factor)), bytes + i);
+    }
+    for (int64_t i = 0; i < group; i++)
+        sum += bytes[i];
+    float scale = !finite ? NAN : factor > 0.0f ? largest / 127.0f : 0.0f, scaled = scale * (float)sum;
+    memcpy(record + SCALE, &scale, 4);
+    record[START] = -zero * sum;
+    memcpy(record + SUM, &scaled, 4);
+    for (int64_t i = 0; i < group / 4; i++)
+        store_quad(record + QUADS + i * QUAD_WORDS, bytes + i * 4);
+}
+
+static void round_inputs(const struct product *p, struct worker *me, int32_t *packed)
+{
+    int64_t words = row_words(p->dtype, p->group, p->k), record = record_words(p->group), groups = words / record;
+    struct range share = my_share(me, p->rows * groups);
+    for (int64_t i = share.begin; i < share.end; i++) {
+        int64_t row = i / groups, first = i % groups * p->group;
+        round_group(product_row(p, row) + first, max_i64(0, min_i64(p->group, p->k - first)), p->group,
+                    quant_zero(p->dtype), packed + i * record);
+    }
+}
+
+/* Products. */
+
+INLINE float as_float(int32_t word)
+{
+    float f;
+    memcpy(&f, &word, 4);
+    return f;
+}
+
+/* sums[rows][columns * VECTORS] += the dots of a group. `bits` and the numbers must be constants where it is called. */
+INLINE void add_dots(ivec *sums, const int32_t *const *a, int64_t a_row, const char *lines, int64_t b_column, int64_t group,
+                     const int rows, const int columns, const int bits)
+{
+    const int width = columns * VECTORS, quads = bits == 4 ? 2 : 1; /* quads to a line */
+    ivec second[TILE_ROWS * COLUMNS * VECTORS]; /* a chain of its own for the second quad, where that hides latency */
+    const bool chains = quads == 2 && rows * width <= 4;
+    if (chains)
+#pragma GCC unroll 24
+        for (int i = 0; i < rows * width; i++)
+            second[i] = ivec_set(0);
+    for (int64_t line = 0; line < group / (4 * quads); line++, lines += 64) {
+        ivec low[COLUMNS * VECTORS], high[COLUMNS * VECTORS];
+        if (rows <= WAITING_ROWS)
+            FETCH_AHEAD(lines);
+#pragma GCC unroll 24
+        for (int i = 0; i < width; i++) {
+            low[i] = ivec_load(lines + i / VECTORS * b_column + i % VECTORS * LANES * 4);
+            if (quads == 2) {
+                high[i] = ivec_high_halves(low[i]);
+                low[i] = ivec_low_halves(low[i]);
+            }
+        }
+#pragma GCC unroll 24
+        for (int r = 0; r < rows; r++) {
+            const int32_t *x = a[r / 3] + r % 3 * a_row + QUADS + line * quads * QUAD_WORDS;
+#pragma GCC unroll 24
+            for (int i = 0; i < width; i++) {
+                sums[r * width + i] = ivec_dot(sums[r * width + i], low[i], x);
+                if (quads == 2 && chains)
+                    second[r * width + i] = ivec_dot(second[r * width + i], high[i], x + QUAD_WORDS);
+                else if (quads == 2)
+                    sums[r * width + i] = ivec_dot(sums[r * width + i], high[i], x + QUAD_WORDS);
+            }
+        }
+    }
+    if (chains)
+#pragma GCC unroll 24
+        for (int i = 0; i < rows * width; i++)
+            sums[i] = ivec_add(sums[i], second[i]);
+}
+
+/* out[first .. first + rows][of `columns` panels] */
+INLINE void multiply_tile(const struct product *p, const int32_t *packed, int64_t first, int64_t panel, const int rows,
+                          const int columns, const int32_t dtype)
+{
+    const int width = columns * VECTORS, groups = (int)block_groups(dtype), bits = (int)quant_bits(dtype);
+    const int64_t b_column = quantised_panel_bytes(dtype, p->group, p->k), bytes = group_bytes(dtype, p->group);
+    const int64_t a_row = row_words(dtype, p->group, p->k), record = record_words(p->group);
+    const char *b = p->weight + panel * b_column, *end = b + b_column;
+    const int32_t *a[2]; /* rows 0 and 3: three rows to a pointer is what addresses can express */
+    vec acc[TILE_ROWS * COLUMNS * VECTORS];
+    a[0] = packed + first * a_row;
+    a[1] = a[0] + 3 * a_row;
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * width; i++)
+        acc[i] = vec_set(0.0f);
+    for (; b < end; b += 64 + groups * bytes)
+#pragma GCC unroll 2
+        for (int g = 0; g < groups; g++, a[0] += record, a[1] += record) {
+            ivec sums[TILE_ROWS * COLUMNS * VECTORS];
+#pragma GCC unroll 24
+            for (int i = 0; i < rows * width; i++)
+                sums[i] = ivec_set(a[i / width / 3][i / width % 3 * a_row + START]);
+            add_dots(sums, a, a_row, b + 64 + g * bytes, b_column, p->group, rows, columns, bits);
+#pragma GCC unroll 24
+            for (int i = 0; i < width; i++) {
+                const char *head = b + i / VECTORS * b_column + i % VECTORS * LANES * 2;
+                vec scales = line_f16(head + g * PANEL * 2);
+#pragma GCC unroll 24
+                for (int r = 0; r < rows; r++) {
+                    const int32_t *x = a[r / 3] + r % 3 * a_row;
+                    vec *to = &acc[r * width + i];
+                    *to = vec_fma(ivec_to_vec(sums[r * width + i]), vec_mul(scales, vec_set(as_float(x[SCALE]))), *to);
+                    if (has_minimums(dtype))
+                        *to = vec_fma(line_f16(head + PANEL * 2), vec_set(as_float(x[SUM])), *to);
+                }
+            }
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < width; i++) {
+        int64_t column = panel * PANEL + i * LANES, left = p->out_width - column;
+        if (left <= 0)
+            return;
+        vec bias = p->bias ? vec_load_upto(p->bias + column, left) : vec_set(0.0f);
+#pragma GCC unroll 24
+        for (int r = 0; r < rows; r++)
+            vec_store_upto(p->out + (first + r) * p->out_stride + column,
+                           p->bias ? vec_add(acc[r * width + i], bias) : acc[r * width + i], left);
+    }
+}
+
+#define CASE(n, dtype)                                                 \
+    case n:                                                            \
+        if (n <= TILE_ROWS)                                            \
+            multiply_tile(p, packed, first, panel, n, 1, dtype);       \
+        break;
+
+/* The kernels of one dtype, apart from each other: as one function they take a compiler very long. */
+#define KERNELS(name, dtype)                                                                                \
+    static void rows_##name(const struct product *p, const int32_t *packed, int64_t first, int64_t panel)   \
+    {                                                                                                       \
+        switch (min_i64(TILE_ROWS, p->rows - first)) {                                                      \
+            CASE(1, dtype) CASE(2, dtype) CASE(3, dtype) CASE(4, dtype) CASE(5, dtype) CASE(6, dtype)       \
+        }                                                                                                   \
+    }                                                                                                       \
+    static void tile_##name(const struct product *p, const int32_t *packed, int64_t first, int64_t panel)   \
+    {                                                                                                       \
+        multiply_tile(p, packed, first, panel, TILE_ROWS, COLUMNS, dtype);                                  \
+    }
+KERNELS(i8, DTYPE_I8)
+KERNELS(i4, DTYPE_I4)
+KERNELS(u8, DTYPE_U8)
+KERNELS(u4, DTYPE_U4)
+
+typedef void kernel(const struct product *p, const int32_t *packed, int64_t first, int64_t panel);
+static kernel *const rows_of[] = {
+    [DTYPE_I8] = rows_i8, [DTYPE_I4] = rows_i4, [DTYPE_U8] = rows_u8, [DTYPE_U4] = rows_u4};
+static kernel *const tile_of[] = {
+    [DTYPE_I8] = tile_i8, [DTYPE_I4] = tile_i4, [DTYPE_U8] = tile_u8, [DTYPE_U4] = tile_u4};
+
+#ifdef __AMX_INT8__
+/* With so many rows the tile unit is faster. Its sums are the same whole numbers, so the bits are, too. */
+enum { FEWEST_ROWS = 16 };
+
+/* Puts 4-bit quants into bytes of their own, all groups of a panel one after the other. */
+static void widen_panel(const struct product *p, const char *panel, char *out)
+{
+    int64_t groups = block_groups(p->dtype), bytes = group_bytes(p->dtype, p->group);
+    const char *end = panel + quantised_panel_bytes(p->dtype, p->group, p->k);
+    for (; panel < end; panel += 64 + groups * bytes)
+        for (int64_t i = 0; i < groups * bytes; i += 64, out += 128) {
+            ivec both = ivec_load(panel + 64 + i);
+            _mm512_storeu_si512(out, ivec_low_halves(both));
+            _mm512_storeu_si512(out + 64, ivec_high_halves(both));
+        }
+}
+
+/* acc[rows][2 * PANEL] += the sums of a group, scaled: the arithmetic of multiply_tile. */
+INLINE void add_group(const int32_t *a, int64_t a_row, int64_t rows, const char *const heads[2],
+                      const int32_t *sums, float *acc, const bool minimums)
+{
+    for (int c = 0; c < 2; c++) {
+        vec scales = line_f16(heads[c]), lowest = line_f16(heads[c] + (minimums ? PANEL * 2 : 0));
+        for (int64_t r = 0; r < rows; r++) {
+            const int32_t *x = a + r * a_row;
+            float *to = acc + r * 2 * PANEL + c * PANEL;
+            ivec sum = ivec_add(ivec_load(sums + r * 2 * PANEL + c * PANEL), ivec_set(x[START]));
+            vec total = vec_fma(ivec_to_vec(sum), vec_mul(scales, vec_set(as_float(x[SCALE]))), vec_load(to));
+            if (minimums)
+                total = vec_fma(lowest, vec_set(as_float(x[SUM])), total);
+            vec_store(to, total);
+        }
+    }
+}
+
+/* out[first .. first + rows][of two panels]. quants: of each, as bytes, the first group of a block at a time. */
+static void multiply_by_tiles(const struct product *p, const int32_t *packed, int64_t first, int64_t rows, int64_t panel,
+                              const char *const widened[2])
+{
+    _Alignas(64) int32_t sums[AMX_DOT_ROWS * 2 * PANEL];
+    _Alignas(64) float acc[AMX_DOT_ROWS * 2 * PANEL];
+    int64_t a_row = row_words(p->dtype, p->group, p->k), record = record_words(p->group);
+    int64_t panel_size = quantised_panel_bytes(p->dtype, p->group, p->k), groups = a_row / record;
+    const int32_t *a = packed + first * a_row;
+    char *panels = (char *)p->weight + panel * panel_size;
+    memset(acc, 0, (size_t)rows * 2 * PANEL * sizeof *acc);
+    for (int64_t g = 0; g < groups; g++, a += record) {
+        const char *quants[2], *heads[2];
+        for (int c = 0; c < 2; c++) {
+            char *own = panels + c * panel_size;
+            heads[c] = group_head(own, p->dtype, p->group, g, false);
+            quants[c] = widened[c] ? widened[c] + g * p->group * PANEL : (char *)group_lines(own, p->dtype, p->group, g);
+        }
+        amx_dots((const char *)(a + QUADS), a_row * 4, rows, quants, p->group / 4, sums);
+        if (has_minimums(p->dtype))
+            add_group(a, a_row, rows, heads, sums, acc, true);
+        else
+            add_group(a, a_row, rows, heads, sums, acc, false);
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < 2 * PANEL; i += LANES) {
+            int64_t column = panel * PANEL + i, left = p->out_width - column;
+            if (left <= 0)
+                break;
+            vec sum = vec_load(acc + r * 2 * PANEL + i);
+            if (p->bias)
+                sum = vec_add(sum, vec_load_upto(p->bias + column, left));
+            vec_store_upto(p->out + (first + r) * p->out_stride + column, sum, left);
+        }
+}
+
+/* As many pairs of panels as there are. Returns the panel after them. */
+static int64_t multiply_pairs(const struct product *p, const int32_t *packed, struct range panels, struct worker *me)
+{
+    int64_t size = widened_bytes(p->dtype, p->group, p->k), panel = panels.begin;
+    char *own = (char *)packed + inputs_bytes(p->dtype, p->group, p->k, p->rows) + me->index * 2 * size;
+    for (; panel + 2 <= panels.end && !cancelled(me); panel += 2) {
+        const char *widened[2] = {NULL, NULL};
+        if (quant_bits(p->dtype) == 4)
+            for (int c = 0; c < 2; c++) {
+                widen_panel(p, p->weight + (panel + c) * quantised_panel_bytes(p->dtype, p->group, p->k), own + c * size);
+                widened[c] = own + c * size;
+            }
+        for (int64_t first = 0; first < p->rows; first += AMX_DOT_ROWS)
+            multiply_by_tiles(p, packed, first, min_i64(AMX_DOT_ROWS, p->rows - first), panel, widened);
+    }
+    return panel;
+}
+#endif
+
+void multiply_quantised(const struct product *p, struct worker *me)
+{
+    int32_t *packed = (int32_t *)me->team->scratch;
+    kernel *rows = rows_of[p->dtype], *tile = tile_of[p->dtype];
+    round_inputs(p, me, packed);
+    if (!team_wait(me))
+        return;
+    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
+    int64_t panel = panels.begin, tiled = p->rows / TILE_ROWS * TILE_ROWS;
+#ifdef __AMX_INT8__
+    if (p->rows >= FEWEST_ROWS)
+        panel = multiply_pairs(p, packed, panels, me);
+#endif
+    /* Few rows wait for memory, and one panel at a time reads fastest. Full tiles share each load of x. */
+    if (COLUMNS > 1 && p->rows > TILE_ROWS)
+        for (; panel + COLUMNS <= panels.end && !cancelled(me); panel += COLUMNS) {
+            for (int64_t first = 0; first < tiled; first += TILE_ROWS)
+                tile(p, packed, first, panel);
+            for (int c = 0; c < COLUMNS && tiled < p->rows; c++)
+                rows(p, packed, tiled, panel + c);
+        }
+    for (; panel < panels.end && !cancelled(me); panel++)
+        for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
+            rows(p, packed, first, panel);
+}
