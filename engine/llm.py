@@ -93,7 +93,7 @@ class LLM:
             opened = open_runner(options, comm)
             self.device, choice, files, self.runner = opened.device, opened.choice, opened.files, opened.runner
             started_reading = time.perf_counter()
-            load(opened, comm, cache, progress)
+            load(opened, comm, progress, cache)
             self.weights_seconds = time.perf_counter() - started_reading
         checkpoint, self.config, self.generation_config = files.checkpoint, files.config, files.generation_config
         self.name, self.directory = files.name, checkpoint.directory

@@ -61,8 +61,8 @@ def open_runner(options: Options, comm: Comm | None) -> Opened:
     return together(comm, lambda: _open(options, comm), _facts)
 
 
-def load(opened: Opened, comm: Comm | None, cache: bool, progress: Progress | None = None) -> None:
-    """Reads the weights of this rank's part."""
+def load(opened: Opened, comm: Comm | None, progress: Progress | None = None, cache: bool = False) -> None:
+    """Reads the weights of this rank's part. cache: see Device.load."""
 
     def work() -> None:
         opened.runner.load(progress, cache)

@@ -94,7 +94,7 @@ def _open(comm: Comm, size: int, runners: dict[int, Runner]) -> None:
     try:
         options = Options(**json.loads(bytes(data)))
         opened = open_runner(options, comm)
-        load(opened, comm, options.cache)
+        load(opened, comm, cache=options.cache)
         runners[comm.models] = opened.runner
     except Exception:
         pass  # rank 0 has heard of it, and says so

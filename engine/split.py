@@ -16,7 +16,6 @@ import numpy as np
 
 from engine.checkpoint import StoredTensor
 from engine.errors import UsageError
-from engine.layer import format_in
 from engine.quantised import Format, QuantisedMatrix
 
 MOST_RANKS = 1024  # that an error message tries out
@@ -99,7 +98,7 @@ class Rows:
 
     @property
     def format(self) -> Format | None:
-        return format_in(self.source)
+        return getattr(self.source, "format", None)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return np.asarray(self.source.rows(self.start + start, self.start + stop))
@@ -114,7 +113,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """Some columns of a matrix. Of a plain stored tensor, nothing else is read."""
+    """Some columns of a matrix. Of a plain stored tensor, nothing else is read. One that is quantised stays so where
+    its groups are not cut."""
 
     source: Any
     start: int
@@ -131,6 +131,19 @@ class Columns:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape[0], self.stop - self.start
+
+    @property
+    def format(self) -> Format | None:
+        found: Format | None = getattr(self.source, "format", None)
+        ends = (self.start, self.stop if self.stop < self.source.shape[1] else 0)
+        return found if found and not any(end % found.group for end in ends) else None
+
+    def quantised_rows(self, start: int, stop: int) -> QuantisedMatrix:
+        whole: QuantisedMatrix = self.source.quantised_rows(start, stop)
+        columns = slice(self.start, self.stop)
+        groups = slice(self.start // whole.group, -(-self.stop // whole.group))
+        minimums = None if whole.minimums is None else whole.minimums[:, groups]
+        return QuantisedMatrix(whole.format, whole.quants[:, columns], whole.scales[:, groups], minimums)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         if isinstance(self.source, StoredTensor):

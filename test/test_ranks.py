@@ -17,10 +17,14 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.abi import INT4
 from engine.device.cpu import available_isas
 from engine.errors import UsageError
+from engine.layer import matrix
 from engine.machine import available_cores
-from engine.split import Columns, Split, rows_of
+from engine.packed_cache import cached_file
+from engine.quantised import Format, quantise
+from engine.split import Columns, Rows, Split, rows_of
 from engine.verify import LOGIT_BOUND
 from tools.golden_cases import CASES, SLIDING_CASES
 from tools.make_gguf import write_gguf
@@ -114,6 +118,8 @@ def jobs(directory: Path, ranks: int) -> Iterator[dict[str, Any]]:
         yield {"model": model, "options": {"dtype": "float32"} | window, "prompts": prompts(1536, 1, 100)}
         yield {"model": model, "options": window, "prompts": prompts(1536, 2, 100)}
     yield {"model": model, "options": {"device": "numpy", "dtype": "float32"}, "prompts": prompts(1536, 1, 70)}
+    for dtype in ("int8", "int4"):
+        yield {"model": model, "options": {"dtype": dtype, "cache": False}, "prompts": prompts(1536, 1, 60)}
     for kind in ("standard", "flash", "streaming"):
         options = {"parallel": "allgather", "attention": kind, "dtype": "float32", "max_batch": 2}
         yield {"model": model, "options": options, "prompts": prompts(1536, 2, 80)}
@@ -146,7 +152,9 @@ def test_the_tokens_and_logits_of_one_process(ranks: int, tmp_path_factory: pyte
     assert (status, out) == (0, ""), err
     results = dict(np.load(run.results))
     for i, (job, (tokens, logits, size, cache)) in enumerate(zip(wanted, expected, strict=True)):
-        bound = LOGIT_BOUND["float32" if job["options"].get("dtype") == "float32" else "bfloat16"] * logits.std()
+        dtype = job["options"].get("dtype", "auto")
+        kind = "float32" if dtype == "float32" else "quantised" if dtype.startswith("int") else "bfloat16"
+        bound = LOGIT_BOUND[kind] * logits.std()
         assert np.abs(results[f"{i}.logits"] - logits).max() <= bound, job["model"]
         for prompt, found, right in zip(job["prompts"], results[f"{i}.tokens"], tokens, strict=True):
             if len(differs := np.flatnonzero(found != right)):
@@ -433,6 +441,25 @@ def test_parts_make_up_the_whole() -> None:
 def test_neighbours_share_a_head_where_ranks_outnumber_heads() -> None:
     assert [list(Split(rank, 4).part(2)) for rank in range(4)] == [[0], [0], [1], [1]]
     assert [list(Split(rank, 4).part(1)) for rank in range(4)] == [[0], [0], [0], [0]]
+
+
+def test_quantised_sources_stay_so_where_no_group_is_cut() -> None:
+    values = np.random.default_rng(0).standard_normal((20, 200)).astype(np.float32)
+    whole = quantise(values, Format(INT4, 32))
+    for start, stop, stays in ((0, 64, True), (64, 200, True), (32, 96, True), (0, 50, False), (50, 200, False)):
+        part = Columns(whole, start, stop)
+        assert (part.format is not None) == stays
+        if stays:
+            assert (part.quantised_rows(3, 9)[:] == whole[3:9][:, start:stop]).all()
+    assert (Rows(whole, 5, 15).quantised_rows(2, 4)[:] == whole[7:9]).all()
+
+
+def test_parts_are_kept_apart_in_the_cache_directory() -> None:
+    values = np.ones((64, 64), np.float32)
+    halves = [Split(rank, 2).inputs(values) for rank in range(2)]
+    assert len({cached_file([matrix("w", [source], "int8")]) for source in (values, *halves)}) == 3
+    again = Columns(values, 32, 64)
+    assert cached_file([matrix("w", [halves[1]], "int8")]) == cached_file([matrix("w", [again], "int8")])
 
 
 def test_sources_are_cut_as_arrays_are() -> None:
