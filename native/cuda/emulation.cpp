@@ -1,5 +1,6 @@
-/* The fibres behind emulation.h. A dispatcher resumes the unfinished threads of a block in turn, forwards or backwards:
- * results that depend on the direction betray a missing barrier. */
+/* The fibres behind emulation.h. A dispatcher resumes the unfinished threads of a block: forwards, all in turn, or
+ * backwards, the last block first and one warp after the other as far as it comes. Results that depend on the order betray
+ * a missing barrier. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -61,7 +62,8 @@ static std::vector<thread> threads;
 static std::vector<warp> warps;
 static std::vector<char *> free_stacks;
 static barrier block_barrier;
-static int64_t idle; /* turns since a thread last arrived anywhere */
+static int64_t idle;     /* turns since a thread last arrived anywhere */
+static int64_t arrivals; /* at a barrier or at the end */
 static const char *error;
 static void (*kernel)(const void *);
 static const void *arguments;
@@ -117,6 +119,7 @@ static void wait(barrier &b)
 {
     unsigned epoch = b.epoch;
     idle = 0;
+    arrivals++;
     if (++b.arrived == b.members)
         release(b);
     while (b.epoch == epoch)
@@ -187,6 +190,7 @@ static void run_thread()
     if (!self->copies.empty())
         error = error ? error : "a thread ended without waiting for its copies";
     idle = 0;
+    arrivals++;
     self->finished = true;
     leave_barrier(block_barrier);
     leave_barrier(self->warp->barrier);
@@ -235,14 +239,19 @@ static void run_block(bool backwards)
         t.number = i, t.started = t.finished = false, t.exchanges = 0, t.warp = &warps[i / LANES], t.groups = 0;
         t.copies.clear();
     }
+    int together = backwards ? LANES : count;
     while (left && !error)
-        for (int i = 0; i < count && !error; i++) {
-            thread &t = threads[backwards ? count - 1 - i : i];
-            if (!t.finished) {
-                take_turn(t);
-                left -= t.finished;
+        for (int first = 0; first < count && !error; first += together)
+            for (int64_t before = arrivals - 1; before != arrivals && !error;) {
+                before = arrivals;
+                for (int i = first; i < std::min(first + together, count) && !error; i++) {
+                    thread &t = threads[backwards ? count - 1 - i : i];
+                    if (!t.finished) {
+                        take_turn(t);
+                        left -= t.finished;
+                    }
+                }
             }
-        }
 }
 
 } // namespace emulation
@@ -260,7 +269,9 @@ extern "C" const char *emulate(void (*kernel)(const void *), uint32_t grid_x, ui
     dynamic_shared = (char *)shared.data();
     emulation::kernel = kernel, emulation::arguments = arguments, error = NULL;
     block_size = {threads, 1, 1}, grid_size = {grid_x, grid_y, grid_z};
-    for (uint64_t b = 0; b < (uint64_t)grid_x * grid_y * grid_z && !error; b++) {
+    uint64_t blocks = (uint64_t)grid_x * grid_y * grid_z;
+    for (uint64_t i = 0; i < blocks && !error; i++) {
+        uint64_t b = backwards ? blocks - 1 - i : i;
         block_index = {(unsigned)(b % grid_x), (unsigned)(b / grid_x % grid_y), (unsigned)(b / grid_x / grid_y)};
         memset(dynamic_shared, 0xff, shared.size() * 16); /* NaN until it is written */
         run_block(backwards);
