@@ -78,6 +78,7 @@ wheel-check: wheel
 	$(RUN) -m tools.check_wheel dist
 
 ci:
+	$(MAKE) cuda
 	$(MAKE) test WERROR=1
 	$(MAKE) lint
 	$(MAKE) sanitize WERROR=1

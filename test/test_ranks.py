@@ -22,7 +22,7 @@ from engine.device.cpu import available_isas
 from engine.errors import UsageError
 from engine.layer import matrix
 from engine.machine import available_cores
-from engine.packed_cache import cached_file
+from engine.packed_cache import cache_name
 from engine.quantised import Format, quantise
 from engine.split import Columns, Rows, Split, rows_of
 from engine.verify import LOGIT_BOUND
@@ -457,9 +457,9 @@ def test_quantised_sources_stay_so_where_no_group_is_cut() -> None:
 def test_parts_are_kept_apart_in_the_cache_directory() -> None:
     values = np.ones((64, 64), np.float32)
     halves = [Split(rank, 2).inputs(values) for rank in range(2)]
-    assert len({cached_file([matrix("w", [source], "int8")]) for source in (values, *halves)}) == 3
+    assert len({cache_name([matrix("w", [source], "int8")]) for source in (values, *halves)}) == 3
     again = Columns(values, 32, 64)
-    assert cached_file([matrix("w", [halves[1]], "int8")]) == cached_file([matrix("w", [again], "int8")])
+    assert cache_name([matrix("w", [halves[1]], "int8")]) == cache_name([matrix("w", [again], "int8")])
 
 
 def test_sources_are_cut_as_arrays_are() -> None:
