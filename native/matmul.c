@@ -65,12 +65,12 @@ static void pack_x(const struct product *p, struct worker *me, float *packed)
 }
 
 /* out[first .. first + rows][of `columns` panels] */
-INLINE void multiply_tile(const struct product *p, const float *packed, int64_t first, int64_t panel, const int rows,
+INLINE void multiply_tile(const struct product *p, const void *packed, int64_t first, int64_t panel, const int rows,
                           const int columns, const enum line kind)
 {
     const int group = line_floats(kind);
     int64_t bytes = panel_bytes(p->dtype, p->k);
-    struct tile t = {.a = packed + first * packed_floats(p->dtype, p->k), .a_row = group, .a_step = group * rows,
+    struct tile t = {.a = (const float *)packed + first * packed_floats(p->dtype, p->k), .a_row = group, .a_step = group * rows,
                      .b = p->weight + panel * bytes, .b_column = bytes, .b_step = line_bytes(kind),
                      .depth = kind == LINE_BF16 ? (p->k + 1) / 2 : p->k};
     vec acc[ACCUMULATORS];
@@ -105,11 +105,11 @@ INLINE void multiply_tile(const struct product *p, const float *packed, int64_t 
 
 /* The kernels of one kind of line, apart from each other: as one function they take a compiler very long. */
 #define KERNELS(name, kind)                                                                              \
-    static void rows_##name(const struct product *p, const float *packed, int64_t first, int64_t panel)  \
+    static void rows_##name(const struct product *p, const void *packed, int64_t first, int64_t panel)   \
     {                                                                                                    \
         MULTIPLY_ROWS(kind)                                                                              \
     }                                                                                                    \
-    static void tile_##name(const struct product *p, const float *packed, int64_t first, int64_t panel)  \
+    static void tile_##name(const struct product *p, const void *packed, int64_t first, int64_t panel)   \
     {                                                                                                    \
         multiply_tile(p, packed, first, panel, TILE_ROWS, COLUMNS, kind);                                \
     }
@@ -117,9 +117,8 @@ KERNELS(f32, LINE_F32)
 KERNELS(f16, LINE_F16)
 KERNELS(bf16, LINE_BF16)
 
-typedef void kernel(const struct product *p, const float *packed, int64_t first, int64_t panel);
-static kernel *const rows_of[] = {[LINE_F32] = rows_f32, [LINE_F16] = rows_f16, [LINE_BF16] = rows_bf16};
-static kernel *const tile_of[] = {[LINE_F32] = tile_f32, [LINE_F16] = tile_f16, [LINE_BF16] = tile_bf16};
+static panel_kernel *const rows_of[] = {[LINE_F32] = rows_f32, [LINE_F16] = rows_f16, [LINE_BF16] = rows_bf16};
+static panel_kernel *const tile_of[] = {[LINE_F32] = tile_f32, [LINE_F16] = tile_f16, [LINE_BF16] = tile_bf16};
 
 #ifdef __AMX_BF16__
 enum { BLOCK = 16, PANELS = 2 }; /* rows of a tile; panels that share a reading of x */
@@ -184,6 +183,22 @@ static void multiply_by_tiles(const struct product *p, struct worker *me)
 }
 #endif
 
+void multiply_panels(const struct product *p, const void *packed, const struct panel_kernels *k, struct range panels,
+                     const struct worker *me)
+{
+    int64_t panel = panels.begin, tiled = p->rows / k->tile_rows * k->tile_rows;
+    if (k->columns > 1 && p->rows > k->tile_rows)
+        for (; panel + k->columns <= panels.end && !cancelled(me); panel += k->columns) {
+            for (int64_t first = 0; first < tiled; first += k->tile_rows)
+                k->tile(p, packed, first, panel);
+            for (int64_t c = 0; c < k->columns && tiled < p->rows; c++)
+                k->rest(p, packed, tiled, panel + c);
+        }
+    for (; panel < panels.end && !cancelled(me); panel++)
+        for (int64_t first = 0; first < p->rows; first += k->tile_rows)
+            k->rest(p, packed, first, panel);
+}
+
 static void multiply(const struct product *p, struct worker *me)
 {
     if (is_quantised(p->dtype)) {
@@ -196,24 +211,10 @@ static void multiply(const struct product *p, struct worker *me)
         return;
     }
 #endif
-    float *packed = (float *)me->team->scratch;
-    kernel *rows = rows_of[line_of(p->dtype)], *tile = tile_of[line_of(p->dtype)];
-    pack_x(p, me, packed);
-    if (!team_wait(me))
-        return;
-    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
-    int64_t panel = panels.begin, tiled = p->rows / TILE_ROWS * TILE_ROWS;
-    /* Few rows wait for memory, and one panel at a time reads fastest. Full tiles share each load of x. */
-    if (COLUMNS > 1 && p->rows > TILE_ROWS)
-        for (; panel + COLUMNS <= panels.end && !cancelled(me); panel += COLUMNS) {
-            for (int64_t first = 0; first < tiled; first += TILE_ROWS)
-                tile(p, packed, first, panel);
-            for (int c = 0; c < COLUMNS && tiled < p->rows; c++)
-                rows(p, packed, tiled, panel + c);
-        }
-    for (; panel < panels.end && !cancelled(me); panel++)
-        for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
-            rows(p, packed, first, panel);
+    struct panel_kernels k = {tile_of[line_of(p->dtype)], rows_of[line_of(p->dtype)], TILE_ROWS, COLUMNS};
+    pack_x(p, me, (float *)me->team->scratch);
+    if (team_wait(me))
+        multiply_panels(p, me->team->scratch, &k, my_share(me, round_up(p->out_width, PANEL) / PANEL), me);
 }
 
 void matmul(const struct matmul *op, struct worker *me)

@@ -226,7 +226,7 @@ INLINE void add_dots(ivec *sums, const int32_t *const *a, int64_t a_row, const c
 }
 
 /* out[first .. first + rows][of `columns` panels] */
-INLINE void multiply_tile(const struct product *p, const int32_t *packed, int64_t first, int64_t panel, const int rows,
+INLINE void multiply_tile(const struct product *p, const void *packed, int64_t first, int64_t panel, const int rows,
                           const int columns, const int32_t dtype)
 {
     const int width = columns * VECTORS, groups = (int)block_groups(dtype), bits = (int)quant_bits(dtype);
@@ -235,7 +235,7 @@ INLINE void multiply_tile(const struct product *p, const int32_t *packed, int64_
     const char *b = p->weight + panel * b_column, *end = b + b_column;
     const int32_t *a[2]; /* rows 0 and 3: three rows to a pointer is what addresses can express */
     vec acc[TILE_ROWS * COLUMNS * VECTORS];
-    a[0] = packed + first * a_row;
+    a[0] = (const int32_t *)packed + first * a_row;
     a[1] = a[0] + 3 * a_row;
 #pragma GCC unroll 24
     for (int i = 0; i < rows * width; i++)
@@ -283,13 +283,13 @@ INLINE void multiply_tile(const struct product *p, const int32_t *packed, int64_
 
 /* The kernels of one dtype, apart from each other: as one function they take a compiler very long. */
 #define KERNELS(name, dtype)                                                                                \
-    static void rows_##name(const struct product *p, const int32_t *packed, int64_t first, int64_t panel)   \
+    static void rows_##name(const struct product *p, const void *packed, int64_t first, int64_t panel)      \
     {                                                                                                       \
         switch (min_i64(TILE_ROWS, p->rows - first)) {                                                      \
             CASE(1, dtype) CASE(2, dtype) CASE(3, dtype) CASE(4, dtype) CASE(5, dtype) CASE(6, dtype)       \
         }                                                                                                   \
     }                                                                                                       \
-    static void tile_##name(const struct product *p, const int32_t *packed, int64_t first, int64_t panel)   \
+    static void tile_##name(const struct product *p, const void *packed, int64_t first, int64_t panel)      \
     {                                                                                                       \
         multiply_tile(p, packed, first, panel, TILE_ROWS, COLUMNS, dtype);                                  \
     }
@@ -298,10 +298,9 @@ KERNELS(i4, DTYPE_I4)
 KERNELS(u8, DTYPE_U8)
 KERNELS(u4, DTYPE_U4)
 
-typedef void kernel(const struct product *p, const int32_t *packed, int64_t first, int64_t panel);
-static kernel *const rows_of[] = {
+static panel_kernel *const rows_of[] = {
     [DTYPE_I8] = rows_i8, [DTYPE_I4] = rows_i4, [DTYPE_U8] = rows_u8, [DTYPE_U4] = rows_u4};
-static kernel *const tile_of[] = {
+static panel_kernel *const tile_of[] = {
     [DTYPE_I8] = tile_i8, [DTYPE_I4] = tile_i4, [DTYPE_U8] = tile_u8, [DTYPE_U4] = tile_u4};
 
 #ifdef __AMX_INT8__
@@ -397,25 +396,14 @@ static int64_t multiply_pairs(const struct product *p, const int32_t *packed, st
 void multiply_quantised(const struct product *p, struct worker *me)
 {
     int32_t *packed = (int32_t *)me->team->scratch;
-    kernel *rows = rows_of[p->dtype], *tile = tile_of[p->dtype];
+    struct panel_kernels k = {tile_of[p->dtype], rows_of[p->dtype], TILE_ROWS, COLUMNS};
+    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
     round_inputs(p, me, packed);
     if (!team_wait(me))
         return;
-    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
-    int64_t panel = panels.begin, tiled = p->rows / TILE_ROWS * TILE_ROWS;
 #ifdef __AMX_INT8__
     if (p->rows >= FEWEST_ROWS)
-        panel = multiply_pairs(p, packed, panels, me);
+        panels.begin = multiply_pairs(p, packed, panels, me);
 #endif
-    /* Few rows wait for memory, and one panel at a time reads fastest. Full tiles share each load of x. */
-    if (COLUMNS > 1 && p->rows > TILE_ROWS)
-        for (; panel + COLUMNS <= panels.end && !cancelled(me); panel += COLUMNS) {
-            for (int64_t first = 0; first < tiled; first += TILE_ROWS)
-                tile(p, packed, first, panel);
-            for (int c = 0; c < COLUMNS && tiled < p->rows; c++)
-                rows(p, packed, tiled, panel + c);
-        }
-    for (; panel < panels.end && !cancelled(me); panel++)
-        for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
-            rows(p, packed, first, panel);
+    multiply_panels(p, packed, &k, panels, me);
 }
