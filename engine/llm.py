@@ -166,11 +166,12 @@ class LLM:
     @contextmanager
     def profile(self, keep_trace: bool = False) -> Iterator[Profile]:
         """Times every node of the steps that are begun meanwhile; keep_trace: for Profile.write_trace, too."""
-        profile = self.runner.plan.profile = Profile(self.runner, keep_trace)
+        outer, profile = self.runner.plan.profile, Profile(self.runner, keep_trace)
+        self.runner.plan.profile = profile
         try:
             yield profile
         finally:
-            self.runner.plan.profile = None
+            self.runner.plan.profile = outer
 
     def close(self) -> None:
         """Cancels what is running and ends the engine thread."""

@@ -1,6 +1,6 @@
-/* Products by the tile unit (AMX), of bf16 matrices and of quantised ones. For bf16, one instruction multiplies up to 16 rows of A, 32 inputs long, with
- * 16 lines of a panel. For each output it adds up the even and the odd inputs of those 32 and then both to the sum, so
- * an output is one chain over blocks of 32 inputs, whatever the rows beside it. */
+/* Products by the tile unit (AMX), of bf16 matrices and of quantised ones. For bf16, one instruction multiplies up to 16
+ * rows of A, 32 inputs long, with 16 lines of a panel. For each output it adds up the even and the odd inputs of those 32
+ * and then both to the sum, so an output is one chain over blocks of 32 inputs, whatever the rows beside it. */
 #ifndef AMX_H
 #define AMX_H
 
@@ -22,8 +22,8 @@ struct amx_product {
 };
 void amx_product(const struct amx_product *p, int64_t rows, int64_t panels);
 
-/* sums[rows][2 * PANEL] = the dots of at most 2 * 16 rows of signed bytes, a_row bytes apart, with `quads` lines of two panels
- * of unsigned ones: whole numbers, exact in any order. */
+/* sums[rows][2 * PANEL] = the dots of at most AMX_DOT_ROWS rows of signed bytes, a_row bytes apart, with `quads` lines of
+ * two panels of unsigned ones: whole numbers, exact in any order. */
 enum { AMX_DOT_ROWS = 32 };
 void amx_dots(const char *a, int64_t a_row, int64_t rows, const char *const b[2], int64_t quads, int32_t *sums);
 

@@ -91,7 +91,12 @@ void unpack_quantised_row(const void *packed, int32_t dtype, int64_t group, int6
 }
 
 /* Inputs: for each row and group a record of words, that is: */
-enum { SCALE, START, SUM, QUADS = 4 }; /* f32; -zero · Σ, where the dots begin; f32 scale · Σ; quads of bytes from here on */
+enum {
+    SCALE,      /* f32 */
+    START,      /* -zero · Σ: where the dots begin */
+    SUM,        /* f32: scale · Σ */
+    QUADS = 4   /* from here on quads of bytes */
+};
 
 static int64_t record_words(int64_t group) { return QUADS + group / 4 * QUAD_WORDS; }
 static int64_t row_words(int32_t dtype, int64_t group, int64_t k)

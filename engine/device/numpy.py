@@ -45,11 +45,10 @@ class NumPyDevice(Device):
         for weight in weights:
             if weight.group:
                 weight.storage = weight.quantised_rows(0, weight.shape[0])
-                done += self.weight_bytes(weight)
-                continue
-            parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
-            same = len(parts) == 1 and parts[0].dtype == weight.dtype
-            weight.storage = parts[0] if same else np.concatenate([p.astype(weight.dtype) for p in parts])
+            else:
+                parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
+                same = len(parts) == 1 and parts[0].dtype == weight.dtype
+                weight.storage = parts[0] if same else np.concatenate([p.astype(weight.dtype) for p in parts])
             done += self.weight_bytes(weight)
             if progress:
                 progress(done, total)
