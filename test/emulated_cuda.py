@@ -88,7 +88,7 @@ class EmulatedDriver:
         return launches
 
     def synchronise(self) -> None:
-        for address, memory in self.memory.items():
+        for address, memory in self.memory.copy().items():  # what is collected meanwhile frees its own
             guards = np.concatenate([memory[:GUARD], memory[-GUARD:]])
             assert (guards == GUARD_BYTE).all(), f"a kernel wrote outside the allocation at {address:#x}"
 

@@ -106,7 +106,8 @@ def test_any_ids(vocab_size: int, hidden: int, dtype: np.dtype, ids: list[int], 
     for device in devices()[::2]:
         layer = Embedding(table, device=device)
         if bad:
-            with pytest.raises(TokenError, match=f"^row {bad[0]} "):
+            named = "|".join(map(str, bad)) if device.type == "cuda" else bad[0]  # whose blocks run in any order
+            with pytest.raises(TokenError, match=f"^row ({named}) "):
                 layer.forward(token)
         else:
             assert_same_bits(layer.forward(token), table[token].astype(np.float32), device.description)
