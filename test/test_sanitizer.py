@@ -22,7 +22,7 @@ width = int(sys.argv[1])
 packed, row = cpu.reserve(4 * abi.constants.PANEL * 4), np.zeros(width, np.float32)
 pointers = [abi.ffi.cast(kind, abi.address(array)) for kind, array in (("void *", packed), ("float *", row))]
 library = abi.open_library("baseline")
-library.unpack_matrix(pointers[0], abi.constants.DTYPE_F32, width, 0, 1, pointers[1])
+library.unpack_matrix(pointers[0], abi.constants.DTYPE_F32, 0, width, 0, 1, pointers[1])
 print("came back")
 """
 
