@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from engine.layer import Weight
-from engine.split import Columns, Rows
+from engine.split import Part
 
 LAYOUT = 2  # to be raised whenever packed matrices or quantisation change
 STEP = 64 << 20  # bytes read at once
@@ -45,7 +45,7 @@ def cache_name(weights: Sequence[Weight]) -> str:
 
 def _origin(source: Any) -> list[Any]:
     """Which bytes of which state of which file a source is, or what an array holds."""
-    if isinstance(source, (Rows, Columns)):
+    if isinstance(source, Part):
         return [type(source).__name__, source.start, source.stop, *_origin(source.source)]
     stored = [part for part in (getattr(source, name, None) for name in ("stored", "scales")) if part is not None]
     if not stored and not hasattr(source, "file"):

@@ -77,8 +77,8 @@ def rows_of(source: Any, start: int, stop: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Some rows of a source that is decoded as it is read."""
+class Part:
+    """Some rows or columns, [start, stop), of a source."""
 
     source: Any
     start: int
@@ -91,6 +91,21 @@ class Rows:
     @property
     def dtype(self) -> Any:
         return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def read(self) -> np.ndarray:
+        return self.rows(0, self.shape[0])
+
+
+@dataclass(frozen=True)
+class Rows(Part):
+    """Some rows of a source that is decoded as it is read."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,26 +122,11 @@ class Rows:
         found: QuantisedMatrix = self.source.quantised_rows(self.start + start, self.start + stop)
         return found
 
-    def read(self) -> np.ndarray:
-        return self.rows(0, self.shape[0])
-
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Part):
     """Some columns of a matrix. Of a plain stored tensor, nothing else is read. One that is quantised stays so where
     its groups are not cut."""
-
-    source: Any
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return str(self.source.name)
-
-    @property
-    def dtype(self) -> Any:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,6 +150,3 @@ class Columns:
             return self.source.columns(range(start, stop), range(self.start, self.stop))
         whole = self.source.rows(start, stop) if hasattr(self.source, "rows") else np.asarray(self.source)[start:stop]
         return np.asarray(whole)[:, self.start : self.stop]
-
-    def read(self) -> np.ndarray:
-        return self.rows(0, self.shape[0])

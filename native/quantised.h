@@ -33,6 +33,19 @@ static inline int64_t quantised_panel_bytes(int32_t dtype, int64_t group, int64_
     return quant_blocks(dtype, group, k) * block_bytes(dtype, group);
 }
 
+/* A row of scales, or of minimums, in the head of a group's block. */
+static inline char *group_head(char *panel, int32_t dtype, int64_t group, int64_t g, bool minimums)
+{
+    int64_t groups = block_groups(dtype);
+    return panel + g / groups * block_bytes(dtype, group) + (minimums ? 1 : g % groups) * PANEL * 2;
+}
+
+static inline uint8_t *group_lines(char *panel, int32_t dtype, int64_t group, int64_t g)
+{
+    int64_t groups = block_groups(dtype);
+    return (uint8_t *)panel + g / groups * block_bytes(dtype, group) + 64 + g % groups * group_bytes(dtype, group);
+}
+
 /* One row of a matrix, as f32. */
 void unpack_quantised_row(const void *packed, int32_t dtype, int64_t group, int64_t k, int64_t row, float *out);
 
