@@ -44,6 +44,10 @@ def show_profile(profile: Profile, device: Device) -> None:
     for name, phase in profile.phases.items():
         if phase.steps:
             mutter("".join(f"{line}\n" for line in table(name, phase, limits)))
+    if profile.cost:
+        from demo.rank_cost import lines
+
+        mutter("".join(f"{line}\n" for line in lines(profile.cost)))
     if limits:
         say(f"limits, measured after the run: {describe_limits(limits)}")
     if profile.stopped:

@@ -27,7 +27,7 @@ from engine.machine import available_cores
 from engine.split import Split
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how MPICH's and Open MPI's tell a process how many there are
-END, OPEN, STEP, BEAT, CLOSE = range(5)  # what rank 0 commands (ranks.py)
+END, OPEN, STEP, BEAT, CLOSE, PROFILE = range(6)  # what rank 0 commands (ranks.py)
 REPORT = 4096  # bytes of what each rank says when all compare
 CPUS = 4096  # that a machine may have
 LOOKS, LOOKS_IF_CROWDED = 1000, 20  # at what one waits for, before one sleeps
@@ -66,8 +66,8 @@ def patience() -> float:
 class Comm:
     """All ranks. Rank 0 runs the program and commands; every method is called by all of them at the same point.
 
-    sharing: ranks that run on this rank's cores, itself included. local: ranks on this machine. stopped: set on rank 0
-    by any thread, for `agreed_to_stop`.
+    sharing: ranks that run on this rank's `cores`, itself included. local: ranks on this machine. stopped: set on
+    rank 0 by any thread, for `agreed_to_stop`.
     """
 
     def __init__(self, mpi: Any, patience: float) -> None:
@@ -83,7 +83,7 @@ class Comm:
         self._waits_since: float | None = None
         self._header = np.zeros(4, np.int64)
         self.local, self.sharing = self._neighbours()
-        self._cores = available_cores()
+        self.cores = available_cores()
         atexit.register(self.end)
         threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
 
@@ -195,7 +195,7 @@ class Comm:
     def _wait(self, request: Any, watched: bool = True) -> None:
         """Looks again and again, later on with sleeps in between, the longer the longer it takes."""
         since, looks = time.monotonic(), 0
-        most_looks = LOOKS_IF_CROWDED if self.sharing > self._cores else LOOKS
+        most_looks = LOOKS_IF_CROWDED if self.sharing > self.cores else LOOKS
         self._waits_since = since if watched else None
         while not request.Test():
             looks += 1

@@ -165,7 +165,14 @@ class LLM:
 
     @contextmanager
     def profile(self, keep_trace: bool = False) -> Iterator[Profile]:
-        """Times every node of the steps that are begun meanwhile; keep_trace: for Profile.write_trace, too."""
+        """Times every node of the steps that are begun meanwhile; keep_trace: for Profile.write_trace, too. With ranks,
+        Profile.cost is there at the end."""
+        if self.runner.comm:
+            from engine.cost import profile_ranks
+
+            with profile_ranks(self.runner, keep_trace) as shared:
+                yield shared
+            return
         outer, profile = self.runner.plan.profile, Profile(self.runner, keep_trace)
         self.runner.plan.profile = profile
         try:

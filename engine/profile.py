@@ -14,6 +14,7 @@ from engine.abi import struct_dtype
 from engine.work import Limits, PlanWork, Work, spans_of
 
 if TYPE_CHECKING:
+    from engine.cost import Cost
     from engine.device import Program
     from engine.runner import Runner
 
@@ -126,10 +127,12 @@ class Phase:
 class Profile:
     """What the steps of a runner took, for as long as it is the profile of its plan (see LLM.profile).
 
-    phases: "prefill" and "decode" -> Phase. stopped: steps that did not happen because of a cancel or a failure. The
-    time that the profile itself takes between steps counts nowhere. The engine thread fills it; a step is in it before
-    its requests end.
+    phases: "prefill" and "decode" -> Phase. stopped: steps that did not happen because of a cancel or a failure. cost:
+    each rank's part, where there are several and the profile has ended. The time that the profile itself takes between
+    steps counts nowhere. The engine thread fills it; a step is in it before its requests end.
     """
+
+    cost: Cost | None = None
 
     def __init__(self, runner: Runner, keep_trace: bool = False) -> None:
         self.plan, self.arrays = runner.plan, runner.step.arrays
@@ -187,22 +190,26 @@ class Profile:
     def write_trace(self, file: IO[str]) -> None:
         """The steps in Chrome's trace event format, for Perfetto and chrome://tracing: a line of steps and one a
         thread, where what lies between two nodes is the wait for other threads. Times in microseconds."""
-        file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-        for i, event in enumerate(self._trace_events()):
-            file.write((",\n" if i else "") + json.dumps(event))
+        file.write(json.dumps({"displayTimeUnit": "ms", **self.about()})[:-1] + ', "traceEvents": [\n')
+        for i, each in enumerate(self._trace_events()):
+            file.write((",\n" if i else "") + json.dumps(each))
         file.write("\n]}\n")
+
+    def about(self) -> dict[str, Any]:
+        """What a trace says beside its events."""
+        return {}
 
     def _trace_events(self) -> Iterator[dict[str, Any]]:
         lines = ["steps", *(f"thread {t}" for t in range(self.threads))]
         for tid, name in enumerate(lines):
-            yield {"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": name}}
+            yield thread_name(tid, name)
             yield {"name": "thread_sort_index", "ph": "M", "pid": 0, "tid": tid, "args": {"sort_index": tid}}
         zero = self.trace[0].begin if self.trace else 0
         for step in self.trace:
             rows = sum(map(len, step.spans))
             args = {"phase": step.phase, "rows": rows, "sequences": len(step.spans),
                     "positions": [[span.start, span.stop - 1] for span in step.spans]}  # fmt: skip
-            yield _event(f"{step.phase} {rows}", "step", 0, step.begin - zero, step.end - zero, args)
+            yield event(f"{step.phase} {rows}", "step", 0, step.begin - zero, step.end - zero, args)
             for replay in step.replays:
                 for thread, times in enumerate(replay.times):
                     yield from self._node_events(replay.first, thread, times, zero)
@@ -212,9 +219,23 @@ class Profile:
             if end:
                 node = self.plan.nodes[i]
                 args = {"layer": node.label, "node": i, "wait_us": (passed - end) / 1e3}
-                yield _event(node.op.name, "node", thread + 1, begin - zero, end - zero, args)
+                yield event(node.op.name, "node", thread + 1, begin - zero, end - zero, args)
 
 
-def _event(name: str, category: str, tid: int, begin: int, end: int, args: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "cat": category, "ph": "X", "pid": 0, "tid": tid, "ts": begin / 1e3,
+# Events of a trace.
+
+
+def event(
+    name: str, category: str, tid: int, begin: int, end: int, args: dict[str, Any], pid: int = 0
+) -> dict[str, Any]:
+    """From begin to end, in nanoseconds."""
+    return {"name": name, "cat": category, "ph": "X", "pid": pid, "tid": tid, "ts": begin / 1e3,
             "dur": (end - begin) / 1e3, "args": args}  # fmt: skip
+
+
+def thread_name(tid: int, name: str, pid: int = 0) -> dict[str, Any]:
+    return {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def process_name(pid: int, name: str) -> dict[str, Any]:
+    return {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}

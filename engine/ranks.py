@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from engine.comm import BEAT, CLOSE, END, OPEN, STEP, Comm, open_comm
+from engine.comm import BEAT, CLOSE, END, OPEN, PROFILE, STEP, Comm, open_comm
 from engine.device import Cancelled, TokenError
 from engine.errors import UsageError
 from engine.loading import Options, load, open_runner
@@ -83,6 +83,10 @@ def follow(comm: Comm) -> NoReturn:
                 comm.beat()
             elif command == CLOSE:
                 del runners[numbers[0]]
+            elif command == PROFILE:
+                from engine.cost import follow_profile
+
+                follow_profile(runners[numbers[0]], bool(numbers[1]))
     except BaseException as error:
         comm.fail(error)
     raise SystemExit(0)

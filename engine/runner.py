@@ -86,6 +86,7 @@ class Runner:
         self.split.check(config.num_attention_heads, config.num_key_value_heads,
                          min(config.intermediate_size, config.vocab_size))  # fmt: skip
         self.number = comm.models if comm else 0
+        self.closed = False
         self.kv_heads = len(self.split.part(config.num_key_value_heads))
         self.max_rows = max(MAX_ROWS, max_batch)
         self.model = Decoder(config, checkpoint, dtype, attention, device,
@@ -262,6 +263,7 @@ class Runner:
 
     def close(self) -> None:
         """Tells the other ranks that this model is not used any more."""
+        self.closed = True
         if self.comm and not self.comm.ended:
             with self.comm.turn():
                 self.comm.command(CLOSE, self.number)
