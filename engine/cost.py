@@ -124,8 +124,9 @@ class Turn:
 @dataclass
 class Cost:
     """Of `ranks` ranks. phases: "prefill" and "decode", those that there were. fits: numbers of ranks -> whether the
-    model's heads allow them; empty where ranks compute much that all of them do, which this cannot forecast. crowded: the ranks of a machine have fewer cores than threads, so that they wait for
-    cores, too. left_out: replays that there was no room for."""
+    model's heads allow them; empty where ranks compute much that all of them do, which this cannot forecast. crowded:
+    the ranks of a machine have fewer cores than threads, so that they wait for cores, too. left_out: replays that there
+    was no room for."""
 
     ranks: int
     phases: dict[str, PhaseCost]
