@@ -34,6 +34,19 @@ def test_what_takes_a_rank_least_is_communication_and_the_rest_waiting() -> None
     assert found.collectives == 2 and found.outside.tolist() == [5.0, 6.0]
 
 
+def test_waiting_that_is_a_messages_way_is_communication() -> None:
+    """Ranks that take turns in coming late: the least of each collective is nothing."""
+    for latency, communication in ((1.0, 4.0), (0.5, 2.0), (3.0, 4.0)):
+        found = PhaseCost(np.zeros(2), np.zeros(2), seconds=20.0)
+        found.add(np.array([[10.0, 10.0], [2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 3.0]]))
+        assert (found.communication, found.waiting.tolist()) == (0.0, [4.0, 5.0])
+        found.add_way(Link(2, latency, 1e9))
+        assert (found.communication, found.waiting.tolist()) == (communication, [4 - communication, 5 - communication])
+        assert found.outside.tolist() == [10.0, 10.0]
+        found.add_way(Link(2, latency / 2, 1e9))
+        assert found.communication == communication, "what has been measured stays"
+
+
 def test_a_link_goes_through_both_messages() -> None:
     link = Link.through(2, (1000, 12e-6), (501_000, 512e-6))
     assert (link.latency, link.bandwidth) == (pytest.approx(11e-6), pytest.approx(1e9))
