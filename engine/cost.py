@@ -3,6 +3,10 @@
 Whoever comes early to a collective waits in it for the last one. So the least that any rank spends in a collective is
 what it costs once all are there: that is communication, and whatever a rank spends in it beyond that is waiting. The
 rest of a replay is computing. Each rank reads its own clock only, so that ranks may be on several machines.
+
+Over a slow link, a rank that comes late finds the other's part there already, and its own is still under way: then the
+least is nothing. So communication is at least what such collectives take one after the other when nothing is computed
+between them, as far as every rank has spent that in them.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     from engine.runner import Runner
 
 FORECAST = (1, 2, 4, 8, 16)  # ranks
-ROUNDS = 30  # of measuring a message
+ROUNDS, IN_A_ROW = 5, 10  # sums of a size that are timed: medians, and one after the other
 MOST_COLLECTIVES = 1 << 21  # whose times are kept
 
 
@@ -85,6 +89,13 @@ class PhaseCost:
         self.waiting += in_collectives - least
         self.communication += least
         self.collectives += len(durations) - 1
+
+    def add_way(self, link: Link) -> None:
+        """Makes communication of the waiting that is a message's way."""
+        way = link.seconds(self.collectives, self.size, link.ranks) - self.communication
+        moved = max(0.0, min(way, float(self.waiting.min())))
+        self.communication += moved
+        self.waiting -= moved
 
     def forecast(self, link: Link, ranks: int) -> Forecast:
         """All that is computed shared by so many ranks, each with what a rank has now, none waiting for another."""
@@ -251,6 +262,8 @@ class RankProfile(Profile):
                 phase.seconds += logged.seconds
                 phase.size += self._size(logged)
         found = {name: phase for name, phase in phases.items() if phase.tokens}
+        for phase in found.values():
+            phase.add_way(link)
         splits_all = not any(node.op.name == "all_gather" for node in self.plan.nodes)
         fits = {n: self._fits(n) for n in sorted({*FORECAST, ranks})} if splits_all else {}
         crowded = self.comm.sharing * self.threads > self.comm.cores
@@ -345,17 +358,19 @@ def follow_profile(runner: Runner, begins: bool) -> None:
 
 
 def measure_link(comm: Comm, small: int, large: int) -> Link:
-    """Times sums of so many bytes, all ranks together."""
+    """Times sums of so many bytes, all ranks together: several one after the other, for over a slow link ranks take
+    turns in coming late. One round is to warm up."""
     arrays = [np.zeros(size // 4, np.float32) for size in (small, large)]
-    times = np.zeros((ROUNDS + 1, 2), np.int64)
+    times = np.zeros((1 + ROUNDS, 2), np.int64)
     for found in times:
         for i, array in enumerate(arrays):
             comm.beat()
             begin = time.perf_counter_ns()
-            comm.all_reduce(array)
+            for _ in range(IN_A_ROW):
+                comm.all_reduce(array)
             found[i] = time.perf_counter_ns() - begin
-    least = on_all(comm, times)[1:].min(axis=1) / 1e9
-    seconds = np.median(least, axis=0)
+    each = on_all(comm, times)[1:].mean(axis=1) / IN_A_ROW / 1e9
+    seconds = np.median(each, axis=0)
     return Link.through(comm.size, (small, float(seconds[0])), (large, float(seconds[1])))
 
 

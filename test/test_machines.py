@@ -58,7 +58,7 @@ def run(directory: Path, delay: float) -> dict[str, Any]:
     with machines(directory, delay) as both:
         launch = [str(MPIEXEC), "-launcher", "ssh", "-launcher-exec", str(both.launcher), "-hosts", ",".join(ADDRESSES)]
         command = both.command([*launch, "-n", "2", sys.executable, "-m", "mpi4py", "-c", PROGRAM, str(MODEL)])
-        # MPICH by way of UCX would find the memory that both machines have; by way of libfabric, it takes what is named.
+        # UCX (MPICH) would find the memory that both machines have; libfabric takes what is named.
         status, out, err = finish(spawn(command, UCX_TLS="tcp,self", FI_PROVIDER="tcp"))
         assert status == 0, err
         found: dict[str, Any] = json.loads(out)
