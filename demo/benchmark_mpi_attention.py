@@ -11,7 +11,6 @@ Speed-up is against one rank, efficiency against half as many. With `-o`, PREFIX
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import time
@@ -26,9 +25,8 @@ from demo.artifacts import about_machine, new_figure, save_figure, write_json
 from demo.attention import add_shape, check_shape
 from demo.attention_rig import AttentionRig, AttentionShape
 from demo.options import OptionError, Parser, lengths, positive
-from demo.program import check_kinds, check_output, listed, run_program
+from demo.program import check_kinds, check_output, find_mpiexec, listed, run_program
 from demo.timing import enough_rounds
-from engine import RillError
 from engine.abi import FLOAT32
 from engine.attention_choice import ATTENTION_KINDS
 from engine.comm import Comm, open_comm
@@ -158,11 +156,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
 
 def start_ranks(arguments: Sequence[str], ranks: int) -> int:
     """Runs this program under mpiexec."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
-        raise RillError("there is no mpiexec: pip install 'rill-engine[mpi]'")
-    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", NAME, *arguments]
+    command = [find_mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", NAME, *arguments]
     return subprocess.run(command).returncode
 
 

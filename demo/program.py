@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from demo import report
 from demo.console import CONTROLS, drop_output, enter_ranks, mutter, open_streams
 from demo.options import OptionError, given
+from engine import RillError
 from engine.attention_choice import ATTENTION_KINDS
 
 FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -32,6 +35,15 @@ def run_program(name: str, work: Callable[[], int], joins_ranks: bool = True) ->
         return MISUSED if report.is_misuse(error) else FAILED
     finally:
         drop_output()
+
+
+def find_mpiexec() -> str:
+    """The one beside this Python, which MPICH's package brings, or the system's. Raises RillError."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        raise RillError("there is no mpiexec: pip install 'rill-engine[mpi]'")
+    return found
 
 
 def tell(name: str, message: str) -> None:
