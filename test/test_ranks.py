@@ -18,7 +18,6 @@ import pytest
 
 from engine import LLM, SamplingParams
 from engine.abi import INT4
-from engine.device.cpu import available_isas
 from engine.errors import UsageError
 from engine.layer import matrix
 from engine.machine import available_cores
@@ -26,6 +25,7 @@ from engine.packed_cache import cache_name
 from engine.quantised import Format, quantise
 from engine.split import Columns, Rows, Split, rows_of
 from engine.verify import LOGIT_BOUND
+from tools.combinations import methods_here
 from tools.golden_cases import CASES, SLIDING_CASES
 from tools.make_gguf import write_gguf
 
@@ -262,7 +262,7 @@ def test_verify_and_profile_on_ranks() -> None:
 
 def test_methods_of_the_benchmark() -> None:
     """`mpi` is on all ranks, another method rank 0's alone; their tokens are NumPy's."""
-    methods = "baseline,mpi,mpi+avx2,mpi+avx512" if "avx2" in available_isas() else "baseline,mpi"
+    methods = ",".join(["baseline", *(method for method in methods_here() if method.startswith("mpi"))])
     arguments = ["-m", "demo.benchmark", "--method", methods, "--attention", "standard,flash,streaming"]
     status, out, err = finish(start(2, *arguments, "--verify", "5,6,7", "--gen-len", "4"))
     count = 3 * len(methods.split(","))
