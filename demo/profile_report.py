@@ -48,6 +48,8 @@ def show_profile(profile: Profile, device: Device) -> None:
         from demo.rank_cost import lines
 
         mutter("".join(f"{line}\n" for line in lines(profile.cost)))
+    if profile.no_cost:
+        say(f"nothing on what each rank costs: {profile.no_cost}")
     if limits:
         say(f"limits, measured after the run: {describe_limits(limits)}")
     if profile.stopped:

@@ -186,7 +186,7 @@ class Logged:
 class RankProfile(Profile):
     """A profile on every rank at once; that of rank 0 comes to have the cost.
 
-    cost: None until the end, and where there is nothing to tell: no replay, or ranks that do different things.
+    cost: None until the end, and where there is nothing to tell, or `no_cost`.
     """
 
     def __init__(self, runner: Runner, keep_trace: bool = False) -> None:
@@ -243,7 +243,10 @@ class RankProfile(Profile):
         mine = np.concatenate([np.empty((0, 2), np.int64), *map(spans, self.log)]) - self.zero
         collectives = [node for node in self.plan.nodes if node.op.collective]
         about = [len(mine), [(node.op.name, node.label) for node in collectives]]
-        if not len(mine) or len(set(self.comm.exchange(str(hash_of(about))))) > 1:
+        if not len(mine):
+            return
+        if len(set(self.comm.exchange(str(hash_of(about))))) > 1:
+            self.no_cost = "the ranks' collectives are not the same"
             return
         self._everyone = on_all(self.comm, mine)
         row, rows = row_bytes(collectives[0]), collectives[0].written[0].shape[0]

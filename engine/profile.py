@@ -133,6 +133,7 @@ class Profile:
     """
 
     cost: Cost | None = None
+    no_cost = ""  # why there is none, where several ranks have run something
 
     def __init__(self, runner: Runner, keep_trace: bool = False) -> None:
         self.plan, self.arrays = runner.plan, runner.step.arrays

@@ -158,6 +158,66 @@ def check_trace(trace: dict[str, Any], ranks: int, cost: dict[str, Any]) -> None
         assert overlap > len(mine) / 2, "on the same clock"
 
 
+STOPPING = """
+import sys, time
+import numpy as np
+from engine import LLM, RillError, SamplingParams, cost
+
+cost.MOST_COLLECTIVES = int(sys.argv[2]) or cost.MOST_COLLECTIVES
+greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+llm = LLM(sys.argv[1], max_seq_len=1000)
+with llm.profile() as profile:
+    llm.generate([1] * 30, greedy)
+    for i in range(20):
+        stream = llm.stream([i + 1] * 900, greedy)
+        time.sleep(0.0005 * i)
+        stream.close()
+    norm = next(w for w in llm.runner.weights if w.name == "model.layers.2.self_attn.q_norm.weight")
+    kept = norm.storage.copy()
+    norm.storage[...] = np.nan
+    try:
+        llm.generate([5, 6, 8], greedy)
+    except RillError as error:
+        assert "not finite" in str(error)
+    norm.storage[...] = kept
+    llm.generate([2] * 30, greedy)
+found = profile.cost.phases
+print(profile.cost.left_out, *(found[name].tokens for name in ("prefill", "decode")),
+      *(profile.phases[name].rows for name in ("prefill", "decode")))
+"""
+
+
+@needs_mpiexec
+@pytest.mark.parametrize("room", [0, 100])
+def test_steps_that_did_not_happen_count_nowhere(room: int) -> None:
+    """Stopped on all ranks, or failed on rank 0 alone. Where there is no more room, the rest is left out."""
+    status, out, err = finish(start(2, "-c", STOPPING, str(MODEL), str(room)))
+    assert status == 0, err
+    left_out, prefill, decode, prefill_rows, decode_rows = map(int, out.split())
+    if room:
+        assert left_out > 0 and (prefill, decode) < (prefill_rows, decode_rows)
+    else:
+        assert left_out == 0 and (prefill, decode) == (prefill_rows, decode_rows)
+    assert prefill >= 30 and decode >= 2
+
+
+DIFFERING = """
+import os, sys
+from engine import LLM, SamplingParams, cost
+cost.hash_of = lambda _: os.environ["PMI_RANK"]
+llm = LLM(sys.argv[1])
+with llm.profile() as profile:
+    llm.generate([1], SamplingParams(max_tokens=2))
+print(profile.cost, profile.no_cost)
+"""
+
+
+@needs_mpiexec
+def test_ranks_that_do_different_things_are_not_compared() -> None:
+    status, out, err = finish(start(2, "-c", DIFFERING, str(MODEL)))
+    assert (status, out) == (0, "None the ranks' collectives are not the same\n"), err
+
+
 @needs_mpiexec
 def test_the_program_prints_it() -> None:
     status, _, err = finish(start(2, "-m", "demo.infer", "--raw", "-p", "Once upon a time", "-n", "5", "--profile"))
