@@ -168,7 +168,7 @@ class LLM:
         """Times every node of the steps that are begun meanwhile; keep_trace: for Profile.write_trace, too. With ranks,
         Profile.cost is there at the end."""
         if self.runner.comm:
-            from engine.cost import profile_ranks
+            from engine.rank_profile import profile_ranks
 
             with profile_ranks(self.runner, keep_trace) as shared:
                 yield shared

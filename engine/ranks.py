@@ -84,7 +84,7 @@ def follow(comm: Comm) -> NoReturn:
             elif command == CLOSE:
                 del runners[numbers[0]]
             elif command == PROFILE:
-                from engine.cost import follow_profile
+                from engine.rank_profile import follow_profile
 
                 follow_profile(runners[numbers[0]], bool(numbers[1]))
     except BaseException as error:

@@ -161,9 +161,9 @@ def check_trace(trace: dict[str, Any], ranks: int, cost: dict[str, Any]) -> None
 STOPPING = """
 import sys, time
 import numpy as np
-from engine import LLM, RillError, SamplingParams, cost
+from engine import LLM, RillError, SamplingParams, rank_profile
 
-cost.MOST_COLLECTIVES = int(sys.argv[2]) or cost.MOST_COLLECTIVES
+rank_profile.MOST_COLLECTIVES = int(sys.argv[2]) or rank_profile.MOST_COLLECTIVES
 greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 llm = LLM(sys.argv[1], max_seq_len=1000)
 with llm.profile() as profile:
@@ -203,8 +203,8 @@ def test_steps_that_did_not_happen_count_nowhere(room: int) -> None:
 
 DIFFERING = """
 import os, sys
-from engine import LLM, SamplingParams, cost
-cost.hash_of = lambda _: os.environ["PMI_RANK"]
+from engine import LLM, SamplingParams, rank_profile
+rank_profile.hash_of = lambda _: os.environ["PMI_RANK"]
 llm = LLM(sys.argv[1])
 with llm.profile() as profile:
     llm.generate([1], SamplingParams(max_tokens=2))
@@ -238,7 +238,7 @@ def test_one_process_knows_nothing_of_it() -> None:
     source = (
         "import sys; from engine import LLM, SamplingParams; llm = LLM(sys.argv[1])\n"
         "with llm.profile() as profile: llm.generate([1], SamplingParams(max_tokens=2))\n"
-        "print(profile.cost, [name for name in sys.modules if name.startswith('mpi4py') or name == 'engine.cost'])"
+        "print(profile.cost, {'mpi4py', 'engine.cost', 'engine.rank_profile'} & set(sys.modules))"
     )
     status, out, err = finish(spawn([sys.executable, "-c", source, str(MODEL)]))
-    assert (status, out) == (0, "None []\n"), err
+    assert (status, out) == (0, "None set()\n"), err
