@@ -66,8 +66,8 @@ def patience() -> float:
 class Comm:
     """All ranks. Rank 0 runs the program and commands; every method is called by all of them at the same point.
 
-    sharing: ranks that run on this rank's `cores`, itself included. local: ranks on this machine. stopped: set on
-    rank 0 by any thread, for `agreed_to_stop`.
+    sharing: ranks that run on this rank's cores, itself included. local: ranks on this machine. stopped: set on rank 0
+    by any thread, for `agreed_to_stop`.
     """
 
     def __init__(self, mpi: Any, patience: float) -> None:
@@ -83,7 +83,7 @@ class Comm:
         self._waits_since: float | None = None
         self._header = np.zeros(4, np.int64)
         self.local, self.sharing = self._neighbours()
-        self.cores = available_cores()
+        self._cores = available_cores()
         atexit.register(self.end)
         threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
 
@@ -195,7 +195,7 @@ class Comm:
     def _wait(self, request: Any, watched: bool = True) -> None:
         """Looks again and again, later on with sleeps in between, the longer the longer it takes."""
         since, looks = time.monotonic(), 0
-        most_looks = LOOKS_IF_CROWDED if self.sharing > self.cores else LOOKS
+        most_looks = LOOKS_IF_CROWDED if self.sharing > self._cores else LOOKS
         self._waits_since = since if watched else None
         while not request.Test():
             looks += 1

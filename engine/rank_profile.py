@@ -16,6 +16,7 @@ import numpy as np
 from engine.comm import PROFILE, Comm
 from engine.cost import Cost, Link, PhaseCost
 from engine.errors import UsageError
+from engine.machine import available_cores
 from engine.plan import Node
 from engine.profile import Profile, ProfiledStep, Replay, event, process_name, thread_name
 from engine.split import Split
@@ -131,7 +132,7 @@ class RankProfile(Profile):
             phase.add_way(link)
         splits_all = not any(node.op.name == "all_gather" for node in self.plan.nodes)
         fits = {n: self._fits(n) for n in sorted({*FORECAST, ranks})} if splits_all else {}
-        crowded = self.comm.sharing * self.threads > self.comm.cores
+        crowded = self.comm.sharing * self.threads > available_cores()
         return Cost(ranks, found, link, fits, crowded, self.not_logged)
 
     def _by_replay(self) -> Iterator[tuple[Logged, np.ndarray]]:
