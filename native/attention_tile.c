@@ -60,7 +60,9 @@ int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int6
     t->sum = cut(memory, &used, queries * 4);
     t->page = cut(memory, &used, pages * 8);
     t->part = cut(memory, &used, pages * (int64_t)sizeof *t->part);
-    t->values = cut(memory, &used, pages * 8);
+    t->pieces = cut(memory, &used, pages * 8);
+    int64_t copies = tile_copies_bytes(t, queries, pages);
+    t->copies = copies > 0 ? cut(memory, &used, copies) : NULL;
     return used;
 }
 
@@ -82,6 +84,7 @@ bool tile_before(struct attention_tile *t, int64_t *end, int64_t max_rows)
         t->row--;
     t->rows = *end - t->row;
     t->queries = t->rows * t->group;
+    tile_choose_lines(t);
     *end = t->row;
     return true;
 }
@@ -136,55 +139,63 @@ void tile_clear_sums(struct attention_tile *t)
 
 /* What a strip of queries, from position `first` to `last`, needs of a page: some panels of it, since windows and the
  * diagonal seldom end with a page. What is left out would have added exact zeros. */
-static struct part part_of(const struct attention_tile *t, int64_t page, int64_t first, int64_t last)
+static struct part part_of(const struct attention_tile *t, int64_t place, int64_t first, int64_t last)
 {
     const struct attention *op = t->op;
-    int64_t begin = page * PAGE, window = op->window > 0 ? max_i64(0, first - op->window + 1) - begin : 0;
+    int64_t page = t->page[place], begin = page * PAGE;
+    int64_t window = op->window > 0 ? max_i64(0, first - op->window + 1) - begin : 0;
     int64_t sinks = op->sink - begin, from = sinks > 0 ? 0 : max_i64(0, window), to = min_i64(PAGE, last + 1 - begin);
-    int64_t step = max_i64(PANEL, tile_product_lines(line_of(op->kv_dtype)) * line_inputs(op->kv_dtype));
+    int64_t step = max_i64(PANEL, tile_product_lines(t->kind) * t->inputs);
     if (window >= PAGE)
         to = min_i64(to, sinks);
-    return (struct part){.page = page, .from = from / step * step, .to = round_up(max_i64(to, 0), step),
+    return (struct part){.page = page, .place = place, .from = from / step * step, .to = round_up(max_i64(to, 0), step),
                          .sinks = max_i64(0, min_i64(PAGE, sinks)), .only_sinks = window >= PAGE};
 }
 
-/* Finds a part's keys, values and scales. */
-static const char *find_part(const struct attention_tile *t, struct part *part)
+/* Which page of the memory, and head of it, holds a page of the sequence. */
+static int64_t page_index(const struct attention_tile *t, int64_t page)
 {
     const struct attention *op = t->op;
-    int64_t entry = page_entry(part->page, op->sink_pages, op->ring_pages);
-    int64_t page = op->page_table[(int64_t)op->seq[t->row] * op->page_table_stride + entry];
-    int64_t index = page * op->kv_heads + t->kv_head, bytes = page_head_bytes(op->kv_dtype, op->head_dim);
-    const char *keys = (const char *)op->kv + index * bytes;
-    part->values = keys + page_key_bytes(op->kv_dtype, op->head_dim)
-                   + part->from * t->width * page_element_bytes(op->kv_dtype);
-    part->scales = (const float *)((const char *)op->kv + (int64_t)op->kv_pages * op->kv_heads * bytes)
-                   + index * page_scales(op->kv_dtype);
-    return keys;
+    int64_t entry = page_entry(page, op->sink_pages, op->ring_pages);
+    return op->page_table[(int64_t)op->seq[t->row] * op->page_table_stride + entry] * (int64_t)op->kv_heads + t->kv_head;
+}
+
+struct page_lines tile_page(const struct attention_tile *t, int64_t page)
+{
+    const struct attention *op = t->op;
+    const char *keys = (const char *)op->kv + page_index(t, page) * page_head_bytes(op->kv_dtype, op->head_dim);
+    return (struct page_lines){keys, keys + page_key_bytes(op->kv_dtype, op->head_dim)};
+}
+
+static const float *scales_of(const struct attention_tile *t, int64_t page)
+{
+    const struct attention *op = t->op;
+    int64_t pages = (int64_t)op->kv_pages * op->kv_heads * page_head_bytes(op->kv_dtype, op->head_dim);
+    return (const float *)((const char *)op->kv + pages) + page_index(t, page) * page_scales(op->kv_dtype);
 }
 
 /* scores[count rows] of columns [from, to) of a page */
 static void multiply_keys(const struct attention_tile *t, const float *q, const char *keys, int64_t count, int64_t from,
                           int64_t to, float *scores, int64_t score_row)
 {
-    const struct attention *op = t->op;
-    enum line kind = line_of(op->kv_dtype);
-    const char *panels = keys + from / PANEL * line_bytes(kind);
-    struct tile_product product = {.kind = kind, .a = q, .a_row = t->q_row, .b = &panels, .pieces = 1,
-                                   .depth = round_up(op->head_dim, line_inputs(op->kv_dtype)) / line_inputs(op->kv_dtype),
-                                   .b_step = PAGE / PANEL * line_bytes(kind), .c = scores, .c_row = score_row};
+    const char *panels = keys + from / PANEL * t->keys.column;
+    struct tile_product product = {.kind = t->kind, .a = q, .a_row = t->q_row, .b = &panels, .pieces = 1,
+                                   .depth = t->key_lines, .b_step = t->keys.step, .b_column = t->keys.column,
+                                   .c = scores, .c_row = score_row};
     tile_product(&product, count, (to - from) / PANEL);
 }
 
 /* The scores of a part, for queries first .. first + count. Sinks are seen by queries of their own. */
 static void score_part(const struct attention_tile *t, struct part *part, int64_t first, int64_t count, float *scores)
 {
-    const char *keys = find_part(t, part);
+    part->at = t->copied ? tile_copy_of(t, part->place) : tile_page(t, part->page);
+    part->scales = scales_of(t, part->page);
     if (!part->only_sinks)
-        multiply_keys(t, t->q + first * t->q_row, keys, count, part->from, part->to, scores, t->score_row);
+        multiply_keys(t, t->q + first * t->q_row, part->at.keys, count, part->from, part->to, scores, t->score_row);
     if (!part->sinks)
         return;
-    multiply_keys(t, t->q_sink + first * t->q_row, keys, count, 0, round_up(part->sinks, PANEL), t->sink_scores, PAGE);
+    multiply_keys(t, t->q_sink + first * t->q_row, part->at.keys, count, 0, round_up(part->sinks, PANEL), t->sink_scores,
+                  PAGE);
     for (int64_t r = 0; r < count; r++)
         memcpy(scores + r * t->score_row, t->sink_scores + r * PAGE, (size_t)part->sinks * sizeof *scores);
 }
@@ -192,19 +203,16 @@ static void score_part(const struct attention_tile *t, struct part *part, int64_
 /* out[queries first .. first + count] += weights · values, as many parts of one height at a time as follow each other */
 static void multiply_values(const struct attention_tile *t, int64_t first, int64_t count, int64_t parts)
 {
-    const struct attention *op = t->op;
-    enum line kind = line_of(op->kv_dtype);
     const float *weights = t->scores;
     for (int64_t i = 0, run; i < parts; i += run) {
         int64_t height = t->part[i].to - t->part[i].from;
         for (run = 0; i + run < parts && t->part[i + run].to - t->part[i + run].from == height; run++)
-            t->values[run] = t->part[i + run].values;
-        struct tile_product product = {.kind = kind, .a = weights, .a_row = t->score_row, .b = t->values, .pieces = run,
-                                       .depth = height / line_inputs(op->kv_dtype),
-                                       .b_step = t->width / PANEL * line_bytes(kind), .c = t->out + first * t->width,
-                                       .c_row = t->width, .add = true};
+            t->pieces[run] = t->part[i + run].at.values + t->part[i + run].from / t->inputs * t->values.step;
+        struct tile_product product = {.kind = t->kind, .a = weights, .a_row = t->score_row, .b = t->pieces, .pieces = run,
+                                       .depth = height / t->inputs, .b_step = t->values.step, .b_column = t->values.column,
+                                       .c = t->out + first * t->width, .c_row = t->width, .add = true};
         tile_product(&product, count, t->width / PANEL);
-        weights += run * product.depth * line_floats(kind);
+        weights += run * product.depth * line_floats(t->kind);
     }
 }
 
@@ -215,7 +223,7 @@ static void attend_strip(struct attention_tile *t, int64_t first, int64_t count,
     int64_t parts = 0, columns = 0;
     for (int64_t i = 0; i < pages; i++) {
         struct part *part = &t->part[parts];
-        *part = part_of(t, t->page[i], first_pos, last_pos);
+        *part = part_of(t, i, first_pos, last_pos);
         if (part->to <= part->from)
             continue;
         score_part(t, part, first, count, t->scores + columns);
@@ -231,6 +239,8 @@ static void attend_strip(struct attention_tile *t, int64_t first, int64_t count,
 /* Adds the keys and values of `count` pages, t->page, to the sums. */
 static void attend_block(struct attention_tile *t, int64_t count)
 {
+    if (t->copied)
+        tile_copy_pages(t, count);
     for (int64_t first = 0; first < t->queries; first += t->strip)
         attend_strip(t, first, min_i64(t->strip, t->queries - first), count);
 }

@@ -12,14 +12,21 @@
 
 struct span { int64_t first, last; }; /* positions, both included */
 
+/* Where the first lines of a page's keys and values lie. */
+struct page_lines { const char *keys, *values; };
+
 /* What a strip of queries needs of a page: columns [from, to), whole panels. */
 struct part {
-    int64_t page, from, to;
+    int64_t page, place;           /* the page's number in the sequence, and in the block */
+    int64_t from, to;
     int64_t sinks;                 /* how many of the page's positions are sinks */
     bool only_sinks;               /* and whether they are all that is seen of it */
-    const char *values;
+    struct page_lines at;
     const float *scales;           /* [keys, values][PAGE]: int8 only */
 };
+
+/* How keys or values lie for the micro-kernel: bytes from line to line and from panel to panel. */
+struct panels { int64_t step, column; };
 
 struct attention_tile {
     const struct attention *op;
@@ -33,9 +40,14 @@ struct attention_tile {
     int64_t score_row;
     float *highest;                /* [strip] of a block */
     float *out, *max, *sum;        /* [queries][width]: sums of weight · value; highest score; sum of weights */
+    float *copies;                 /* of a block's pages (attention_copies.c); NULL where there are never any */
+    bool copied;                   /* whether the tile at hand reads copies */
+    enum line kind;                /* of the lines it reads: the cache's, or f32 */
+    int64_t inputs, key_lines;     /* inputs that share a line; lines of a page's keys */
+    struct panels keys, values;
     int64_t *page;                 /* numbers of a block's pages */
     struct part *part;             /* what the strip at hand needs of them */
-    const char **values;           /* where the values of some of them lie */
+    const char **pieces;           /* where the values of some of them lie */
 };
 
 /* Lays out the memory of a tile of so many queries and keys to a block. Returns its bytes; memory may be NULL. */
@@ -44,6 +56,16 @@ int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int6
 /* Walks the rows of a step from the last to the first, which in a prompt is the longest work first: moves to the up to
  * max_rows rows before *end that are of one sequence and within the op's positions. False when there are none left. */
 bool tile_before(struct attention_tile *t, int64_t *end, int64_t max_rows);
+
+/* Where a page lies in the cache. */
+struct page_lines tile_page(const struct attention_tile *t, int64_t page);
+
+/* Copies of a block's pages: what they take for so many queries at most, whether and how the tile at hand reads them, to
+ * make them of the first `count` pages of t->page, and where they then lie. */
+int64_t tile_copies_bytes(const struct attention_tile *t, int64_t queries, int64_t pages);
+void tile_choose_lines(struct attention_tile *t);
+void tile_copy_pages(const struct attention_tile *t, int64_t count);
+struct page_lines tile_copy_of(const struct attention_tile *t, int64_t place);
 
 void tile_load_queries(struct attention_tile *t);
 void tile_clear_sums(struct attention_tile *t);

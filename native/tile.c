@@ -13,7 +13,7 @@ INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t pan
     const int width = columns * VECTORS;
     float *c = p->c + row * p->c_row + panel * PANEL;
     struct tile t = {.a = p->a + row * p->a_row, .a_row = p->a_row, .a_step = line_floats(kind), .b_step = p->b_step,
-                     .b_column = line_bytes(kind), .depth = p->depth};
+                     .b_column = p->b_column, .depth = p->depth};
     vec acc[ACCUMULATORS];
     if (p->add) {
 #pragma GCC unroll 24
@@ -22,7 +22,7 @@ INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t pan
     } else
         tile_clear(acc, rows, columns);
     for (int64_t piece = 0; piece < p->pieces; piece++, t.a += p->depth * line_floats(kind)) {
-        t.b = p->b[piece] + panel * line_bytes(kind);
+        t.b = p->b[piece] + panel * p->b_column;
         tile_accumulate(acc, &t, rows, columns, kind);
     }
 #pragma GCC unroll 24
@@ -85,7 +85,7 @@ void tile_product(const struct tile_product *p, int64_t rows, int64_t panels)
     if (p->kind == LINE_BF16) {
         struct amx_product product = {.a = (const char *)p->a, .a_row = p->a_row * 4, .a_step = 64,
                                       .a_block = 16 * p->a_row * 4, .b = p->b, .pieces = p->pieces, .depth = p->depth,
-                                      .b_step = p->b_step, .b_column = line_bytes(LINE_BF16), .c = p->c,
+                                      .b_step = p->b_step, .b_column = p->b_column, .c = p->c,
                                       .c_row = p->c_row, .add = p->add};
         amx_product(&product, rows, panels);
         return;

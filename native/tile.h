@@ -70,8 +70,9 @@ INLINE vec multiply_add(vec w, vec x, vec acc, const enum line kind)
 #define HIDE(pointer) ((void)0)
 #endif
 
-/* So few rows wait for memory; more have time to bring a line into the L1 cache before they need it. */
-enum { WAITING_ROWS = 3, LINES_AHEAD = 16 };
+/* So few rows wait for memory; more have time to bring a line into the L1 cache before they need it: as long before as
+ * is right for the time that a line takes. */
+enum { WAITING_ROWS = 3, LINES_AHEAD = LANES == 16 ? 16 : 6 };
 
 /* acc[rows][columns * VECTORS] += tile. `rows`, `columns` and `kind` must be constants where this is called. */
 INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, const int columns, const enum line kind)
@@ -121,14 +122,14 @@ INLINE void tile_clear(vec *acc, const int rows, const int columns)
         acc[i] = vec_set(0.0f);
 }
 
-/* C (+)= A · B for any number of rows and panels, where B is cut along its depth into pieces that lie anywhere. In a
- * line of B, panels follow one another. */
+/* C (+)= A · B for any number of rows and panels, where B is cut along its depth into pieces that lie anywhere. */
 struct tile_product {
     enum line kind;
     const float *a;
     int64_t a_row;                  /* floats */
     const char *const *b;           /* [pieces] */
-    int64_t pieces, depth, b_step;  /* depth of a piece in lines; bytes from line to line */
+    int64_t pieces, depth;          /* depth of a piece in lines */
+    int64_t b_step, b_column;       /* bytes from line to line, from panel to panel */
     float *c;
     int64_t c_row;
     bool add;
