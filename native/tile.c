@@ -76,7 +76,7 @@ static bool is_useful(int height, enum line kind)
 {
     if (height * VECTORS > ACCUMULATORS || (height == 12 && LANES < 16))
         return false;
-    return height == 1 || height >= 6 || kind == LINE_I8 || height * 4 * VECTORS <= ACCUMULATORS;
+    return height == 1 || height >= 6 || kind == LINE_I8 || height * 2 * VECTORS < ACCUMULATORS;
 }
 
 void tile_product(const struct tile_product *p, int64_t rows, int64_t panels)

@@ -87,7 +87,6 @@ INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, cons
     for (int64_t k = 0; k < t->depth; k++, b += b_step) {
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
-            vec w[ACCUMULATORS];
             if (part == 0)
 #pragma GCC unroll 24
                 for (int i = 0; i < columns; i++) {
@@ -96,6 +95,16 @@ INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, cons
                     else
                         FETCH_SOON(b + LINES_AHEAD * b_step + i * b_column);
                 }
+            if (rows == 1) { /* so many sums leave no registers for more than one vector of B */
+                vec x = vec_set(a[0][part]);
+#pragma GCC unroll 24
+                for (int i = 0; i < width; i++) {
+                    const char *w = b + i / VECTORS * b_column + i % VECTORS * vector_bytes;
+                    acc[i] = multiply_add(line_load(w, kind, part), x, acc[i], kind);
+                }
+                continue;
+            }
+            vec w[ACCUMULATORS];
 #pragma GCC unroll 24
             for (int i = 0; i < width; i++)
                 w[i] = line_load(b + i / VECTORS * b_column + i % VECTORS * vector_bytes, kind, part);
