@@ -259,8 +259,9 @@ def assert_same_when_found_again(llm: LLM, shared: int, cached: int) -> None:
     """A text of which the first `shared` tokens were the last one's, beside the same with an empty cache."""
     llm.generate(tokens(100, seed=1), SHORT)
     last = llm.generate(tokens(500), DRAWN)
-    prompt = (last.prompt_token_ids + last.token_ids)[:shared]
-    prompt += [(token + 1) % 256 for token in (last.token_ids[-1], *prompt[:50])]
+    text = last.prompt_token_ids + last.token_ids
+    prompt = text[:shared]
+    prompt += [(token + 1) % 256 for token in (text[min(shared, len(text) - 1)], *prompt[:50])]
     found = llm.generate(prompt, SHORT)
     assert found.timings.cached_tokens == cached
     llm.generate(tokens(100, seed=1), SHORT)
