@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from reference_decoder import ReferenceDecoder
 
+from demo import endless
 from engine import LLM, RillError, SamplingParams, UsageError
 from engine.device import Cancelled
 from engine.device.cpu import available_isas
@@ -421,3 +422,27 @@ def test_the_oracle_knows_sinks_and_windows(tiny: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("engine.runner.MAX_ROWS", 100)
     report = verify(str(tiny), tokens(270), 2, attention="streaming", sink=3, window=20)
     assert report.passed, report.lines
+
+
+# demo.endless.
+
+FEW = ("--sink", "4", "--window", "40", "--positions", "500,70000", "--tokens", "40", "-r", "2", "-t", "1")
+
+
+@pytest.mark.parametrize("most, status, verdict", [(1e9, 0, "PASS"), (-1.0, 1, "FAIL")])
+def test_times_by_position_and_a_long_text(
+    most: float, status: int, verdict: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endless, "FLAT", most)
+    assert endless.main(FEW) == status
+    out = capsys.readouterr().out
+    assert "4 sinks and a window of 40" in out and f"\n{verdict}: flat within" in out
+    first_cells = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
+    assert first_cells[:3] == ["| position", "| 500", "| 70,000"]
+    assert first_cells[3:] == ["| tokens", *(f"| {count}" for count in range(4, 41, 4))]
+
+
+@pytest.mark.parametrize("option, value", [("--tokens", "9"), ("-r", "1"), ("--positions", "0")])
+def test_endless_is_asked_for_what_makes_no_sense(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert endless.main([option, value]) == 2
+    assert "expected" in capsys.readouterr().err
