@@ -115,11 +115,11 @@ def run(arguments: Sequence[str] | None) -> int:
     pairs = []
     print(f"{HEAD}\n{'|---' * HEAD.count(' | ')}|---|", flush=True)
     for pair in compare(options, bench):
-        pairs.append(pair)
+        pairs.append(pair.content())
         print(pair.line(), flush=True)
-    if options.output:
-        write_json(options.output.with_suffix(".json"),
-                   {**about_machine(), "bench_options": options.bench_options, "pairs": [p.content() for p in pairs]})
+        if options.output:  # every time: a long run that is stopped leaves what it has
+            content = {**about_machine(), "bench_options": options.bench_options, "pairs": pairs}
+            write_json(options.output.with_suffix(".json"), content)
     return 0
 
 
