@@ -15,15 +15,17 @@ import numpy as np
 from engine import RillError, __version__
 
 
-def about_machine(device: Any) -> dict[str, Any]:
-    """Where figures were taken and with what."""
+def about_machine(device: Any = None) -> dict[str, Any]:
+    """Where figures were taken and with what; device: where all of them were taken on one."""
     try:
         matplotlib = version("matplotlib")
     except PackageNotFoundError:
         matplotlib = "absent"
+    machine: dict[str, Any] = {"cpu": _cpu_name(), "system": platform.platform()}
+    if device is not None:
+        machine |= {"device": device.description, "threads": getattr(device, "threads", None)}
     return {
-        "machine": {"cpu": _cpu_name(), "system": platform.platform(), "device": device.description,
-                    "threads": getattr(device, "threads", None)},
+        "machine": machine,
         "versions": {"rill": __version__, "python": platform.python_version(), "numpy": np.__version__,
                      "matplotlib": matplotlib},
     }  # fmt: skip

@@ -43,7 +43,10 @@ def write_gguf(directory: Path, out: Path, kind: str = "F32", pre: str | None = 
     config = load_config(directory / "config.json")
     writer = gguf.GGUFWriter(out, config.model_type)
     _add_config(writer, config)
-    if pre is not None:
+    if pre is None:
+        writer.add_tokenizer_model("no_vocab")
+        writer.add_vocab_size(config.vocab_size)
+    else:
         _add_tokenizer(writer, directory, pre, config.vocab_size)
     for name, values in _tensors(directory, config).items():
         wanted = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
@@ -182,6 +185,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--type", choices=BY_GGUF + BY_LLAMA_CPP, default="F16")
     parser.add_argument("--pre", default="qwen2", help="the tokenizer's way of cutting text, such as llama-bpe")
+    parser.add_argument("--no-tokenizer", action="store_const", dest="pre", const=None, help="leave it out, as one "
+                        "without merges must be for llama.cpp")  # fmt: skip
     parser.add_argument("--fixtures", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
