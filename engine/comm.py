@@ -148,6 +148,9 @@ class Comm:
     def pass_on(self, error: Exception) -> None:
         """Whoever comes after this rank hears why nothing does: here nobody, in a pipeline the next stage."""
 
+    def show_life(self) -> None:
+        """Who waits for this rank hears that it is at work. Ranks that share every layer work at the same time."""
+
     # Commands.
 
     @property

@@ -53,6 +53,7 @@ class Segments(Program):
 
     def _look(self, index: int) -> None:
         """Raises Cancelled on all ranks of a stage or on none."""
+        self.comm.show_life()
         if int(self.plan.nodes[index].rows.storage[0]) >= LONG_STEP and self.comm.agreed_to_stop():
             raise Cancelled
 

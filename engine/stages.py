@@ -87,7 +87,6 @@ class Stages(Comm):
         if self.rank == 0:
             self._pass_stop_on()
             self._hear_of_stop()
-            self._show_life()
         flag = np.array([self.stopped or self.begun <= self.stop_until], np.int32)
         if self.size > 1:
             self.broadcast(flag)
@@ -106,9 +105,9 @@ class Stages(Comm):
             self.notes.Recv(note, 0, STOP)
             self.stop_until = max(self.stop_until, int(note[0]))
 
-    def _show_life(self) -> None:
+    def show_life(self) -> None:
         """A stage may take longer over a step than others wait for one that says nothing."""
-        if time.monotonic() - self._shown > self.patience / 4:
+        if self.rank == 0 and time.monotonic() - self._shown > self.patience / 4:
             self._shown = time.monotonic()
             for rank in self.others:
                 self._note(rank, ALIVE)

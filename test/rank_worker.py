@@ -96,7 +96,7 @@ def work_slowly() -> None:
     look = Segments._look
 
     def slow(self: Segments, index: int) -> None:
-        time.sleep(0.7)
+        time.sleep(0.5)
         look(self, index)
 
     Segments._look = slow  # type: ignore[method-assign]

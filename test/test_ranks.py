@@ -351,6 +351,41 @@ def test_a_step_is_stopped_on_all_ranks_or_on_none(ranks: int, pp: int) -> None:
     assert int(out.split()[1]) > 0, "no step was stopped in its middle"
 
 
+STOPPING = """
+import sys, time
+from pathlib import Path
+from engine import LLM, SamplingParams
+from engine.comm import open_comm
+from engine.segments import Segments
+from engine.stages import Stages
+
+look, pass_on = Segments._look, Stages.pass_on
+def slow(self, index):
+    if int(self.plan.nodes[index].rows.storage[0]) > 16:
+        time.sleep(0.2)
+    look(self, index)
+def noting(self, error):
+    pass_on(self, error)
+    Path(sys.argv[2]).write_text(type(error).__name__)
+if open_comm().rank:
+    Segments._look, Stages.pass_on = slow, noting
+llm = LLM(sys.argv[1], max_seq_len=1000, pp=2)
+greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+expected = llm.generate([5, 6, 7], greedy).token_ids
+stream = llm.stream([9] * 900, greedy)
+time.sleep(0.3)
+stream.close()
+assert llm.generate([5, 6, 7], greedy).token_ids == expected
+"""
+
+
+def test_a_stage_before_rank_0s_hears_that_it_is_to_stop(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    status, _, err = finish(start(2, "-c", STOPPING, str(ROOT / "models" / "tiny-qwen3"), str(note)))
+    assert status == 0, err
+    assert note.read_text() == "Cancelled"
+
+
 FAILING_REQUESTS = """
 import sys
 import numpy as np
@@ -478,8 +513,8 @@ def test_a_slow_load_is_not_taken_for_stuck(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_is_at_work_is_not_taken_for_stuck(tmp_path: Path) -> None:
-    """It takes 2 seconds over a step, and looks up every 0.7."""
-    run = Run(tmp_path, 2, [small_job(pp=2, length=20)], "slow stage", RILL_HEARTBEAT="1")
+    """It takes 2 seconds over a step, and looks up every 0.5."""
+    run = Run(tmp_path, 2, [small_job(2, pp=2, length=20)], "slow stage", RILL_HEARTBEAT="1")
     status, _, err = finish(run.process)
     assert status == 0 and run.results.exists(), err
 
