@@ -267,10 +267,10 @@ class Runner:
         where the first is replayed. Raises Cancelled or TokenError on all ranks that come later in the plan,
         NotFiniteError after the last collective; anything else ends them all."""
         assert self.comm and self.peers
+        self.peers.begun += first == 0
         if not self.stage.is_last:
             first, last = 0, len(self.plan.nodes) if first == 0 else 0
         try:
-            self.peers.begun += first == 0
             self.plan.run(first, min(last, len(self.plan.nodes)))
         except (Cancelled, TokenError) as error:
             self.peers.pass_on(error)

@@ -259,7 +259,9 @@ def test_ranks_that_differ_end_at_the_start(second: list[str], problem: str, tmp
     assert not (tmp_path / "results.npz").exists()
 
 
-@pytest.mark.parametrize(("pp", "said"), [("1", ["all_reduce", "gather"]), ("2", ["receive", "collectives are not the same"])])
+@pytest.mark.parametrize(
+    ("pp", "said"), [("1", ["all_reduce", "gather"]), ("2", ["receive", "collectives are not the same"])]
+)
 def test_verify_and_profile_on_ranks(pp: str, said: list[str]) -> None:
     program = ["-m", "demo.infer", str(ROOT / "models" / "tiny-qwen3"), "--pp", pp]
     status, out, err = finish(start(2, *program, "--verify", "5,6,7,8", "--gen-len", "3"))
@@ -372,6 +374,7 @@ if open_comm().rank:
 llm = LLM(sys.argv[1], max_seq_len=1000, pp=2)
 greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
 expected = llm.generate([5, 6, 7], greedy).token_ids
+llm.logits([7] * 90)  # replays that are of the last stage alone
 stream = llm.stream([9] * 900, greedy)
 time.sleep(0.3)
 stream.close()
