@@ -93,6 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rank-threads", type=positive, metavar="N", help="of each rank; one process gets as many as all ranks")
     add("--dtype", type=listed, default=["auto"], metavar="LIST", help="of the weights, as rill takes it")
     add("--kv-dtype", default="auto")
+    add("--pp", type=positive, metavar="N", help="stages of ranks, for the methods on ranks")
     add("--parallel", metavar="NAME", help="what ranks share, as rill takes it")
     add("--load", action="store_true", help="time loading too")
     add("--verify", type=token_ids, metavar="IDS", help="compare the greedy tokens after these ids with NumPy's")

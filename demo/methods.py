@@ -35,8 +35,8 @@ class Method:
             return {"device": "auto"}
         if self.name in ("numpy", "cuda"):
             return {"device": self.name, "tp": 1}
-        isa, ranks = self.name.removeprefix(MPI).removeprefix("+") or "baseline", ranks_here()
-        return {"device": "cpu", "isa": isa, "tp": ranks if self.name.startswith(MPI) else 1}
+        isa = self.name.removeprefix(MPI).removeprefix("+") or "baseline"
+        return {"device": "cpu", "isa": isa, **({} if self.name.startswith(MPI) else {"tp": 1})}
 
 
 def ranks_here() -> int:
@@ -71,8 +71,10 @@ def threads_for(name: str, threads: int | None, options: argparse.Namespace) -> 
 
 
 def open_model(options: argparse.Namespace, method: Method, max_seq_len: int, max_batch: int = 1) -> LLM:
-    arguments: dict[str, Any] = {**method.device(), **attention_arguments(options, method.attention),
-                                 **(given(options, ["parallel"]) if "parallel" in options else {})}  # fmt: skip
+    arguments = method.device()
+    if "tp" not in arguments:  # on all ranks
+        arguments |= given(options, [name for name in ("pp", "parallel") if name in options])
+    arguments |= attention_arguments(options, method.attention)
     return LLM(options.model, dtype=method.dtype, kv_dtype=options.kv_dtype, threads=method.threads,
                max_batch=max_batch, max_seq_len=max_seq_len, **arguments)  # fmt: skip
 

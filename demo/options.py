@@ -31,7 +31,7 @@ OMP_NUM_THREADS count where --isa and --threads are not given.
 exit status: 0 done, 1 failed, 2 misused, 130 stopped by Ctrl-C."""
 
 LLM_OPTIONS = ("device", "isa", "attention", "sink", "window", "q_block", "kv_block", "dtype", "kv_dtype",
-               "max_seq_len", "threads", "cache", "tp", "parallel")  # fmt: skip
+               "max_seq_len", "threads", "cache", "tp", "pp", "parallel")  # fmt: skip
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
                     "max_tokens", "stop", "seed")  # fmt: skip
 
@@ -156,7 +156,9 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "prompt and reply together; by default 4096, at most the model's own limit")  # fmt: skip
     add("-t", "--threads", type=integer, metavar="N", help="by default one a core")
     add("--device", metavar="NAME", help="auto, cpu, cuda or numpy")
-    add("--tp", type=positive, metavar="N", help="ranks that share each layer: as many as mpiexec has started, or 1")
+    add("--tp", type=positive, metavar="N", help="ranks that share each layer: by default all that mpiexec has started")
+    add("--pp", type=positive, metavar="N", help="stages of ranks that share the layers, by default 1: "
+        "tp times pp ranks")  # fmt: skip
     add("--parallel", metavar="NAME", help="what ranks share: tensor (every layer) or allgather (the heads alone)")
     add("--isa", metavar="NAME", help="auto, baseline, avx2, avx512 (the best of its family), ...")
     add("--dtype", metavar="NAME", help="of the weights: auto (as stored), float32, int8 or int4 (quantised, "

@@ -64,9 +64,19 @@ def details(llm: LLM) -> str:
         f"{config.model_type}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} heads on {config.num_key_value_heads} of keys and values, "
         f"vocabulary {config.vocab_size}; {len(runner.plan.nodes)} nodes; "
-        f"{runner.weight_bytes / MB:.1f} MB of weights loaded in {llm.load_seconds:.2f} s; "
+        f"{_share(llm)}{runner.weight_bytes / MB:.1f} MB of weights loaded in {llm.load_seconds:.2f} s; "
         f"ends at tokens {', '.join(map(str, sorted(llm.eos_ids))) or 'none'}"
     )
+
+
+def _share(llm: LLM) -> str:
+    """Which part of the model rank 0 holds, where there are others."""
+    runner = llm.runner
+    if runner.comm is None:
+        return ""
+    layers = runner.model.layers
+    return (f"tp {runner.split.ranks}, pp {runner.stage.count}: rank 0 has its part of layers {layers.start} to "
+            f"{layers.stop - 1} and of the logits; ")  # fmt: skip
 
 
 def reply_details(llm: LLM, completion: Completion) -> str:

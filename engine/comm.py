@@ -15,8 +15,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
 
@@ -24,10 +25,11 @@ import numpy as np
 
 from engine.errors import RillError, UsageError
 from engine.machine import available_cores
-from engine.split import Split
+from engine.split import Split, Stage
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how MPICH's and Open MPI's tell a process how many there are
-END, OPEN, STEP, BEAT, CLOSE, PROFILE = range(6)  # what rank 0 commands (ranks.py)
+END, OPEN, STEP, BEAT, CLOSE, PROFILE, SEARCH = range(7)  # what rank 0 commands (ranks.py)
+ALIVE = 0  # the tag of a note
 REPORT = 4096  # bytes of what each rank says when all compare
 CPUS = 4096  # that a machine may have
 LOOKS, LOOKS_IF_CROWDED = 1000, 20  # at what one waits for, before one sleeps
@@ -63,6 +65,13 @@ def patience() -> float:
     return seconds
 
 
+@dataclass
+class Wait:
+    """What a rank is waiting in: `since` when, if others have to answer in time."""
+
+    since: float | None = None
+
+
 class Comm:
     """All ranks. Rank 0 runs the program and commands; every method is called by all of them at the same point.
 
@@ -73,14 +82,17 @@ class Comm:
     def __init__(self, mpi: Any, patience: float) -> None:
         self.mpi, self.world = mpi, mpi.COMM_WORLD.Dup()
         self.rank, self.size = int(self.world.rank), int(self.world.size)
-        self.split = Split(self.rank, self.size)
+        self.split, self.stage = Split(self.rank, self.size), Stage()
         self.patience = patience
         self.stopped = False
+        self.told = self.begun = 0  # steps that rank 0 has told of, and that this rank has begun
         self.ended = False
         self.entered = False  # by way of ranks.enter
         self.models = 0  # opened so far
         self._turn = threading.RLock()
-        self._waits_since: float | None = None
+        self._waits = Wait()
+        self._unsettled: list[Any] = []  # announcements that are on their way
+        self.notes: Any = None  # where stages tell each other what they may read at any time (stages.py)
         self._header = np.zeros(4, np.int64)
         self.local, self.sharing = self._neighbours()
         self._cores = available_cores()
@@ -133,6 +145,12 @@ class Comm:
         self.broadcast(flag)
         return bool(flag[0])
 
+    def pass_on(self, error: Exception) -> None:
+        """Whoever comes after this rank hears why nothing does: here nobody, in a pipeline the next stage."""
+
+    def show_life(self) -> None:
+        """Who waits for this rank hears that it is at work. Ranks that share every layer work at the same time."""
+
     # Commands.
 
     @property
@@ -155,6 +173,20 @@ class Comm:
         self._header[:] = 0
         self._header[: len(numbers)] = numbers
         self._wait(self.world.Ibcast(self._header, 0))
+
+    def announce(self, data: np.ndarray, *numbers: int) -> None:
+        """Rank 0 tells what comes next, and the data that belongs to it, and does not wait until all have heard of it:
+        that is what `settle` does. The others: next_command, then broadcast."""
+        header = np.zeros_like(self._header)
+        header[: len(numbers)] = numbers
+        for array in (header, data.copy()):
+            self._unsettled.append((self.world.Ibcast(array, 0), array))
+
+    def settle(self) -> None:
+        """All that has been announced has gone out."""
+        for request, _ in self._unsettled:
+            self._wait(request)
+        self._unsettled.clear()
 
     def next_command(self, watched: bool) -> list[int]:
         """What rank 0 tells. watched: it has to come in time."""
@@ -192,22 +224,34 @@ class Comm:
         self.world.Abort(1)
         os._exit(1)
 
-    def _wait(self, request: Any, watched: bool = True) -> None:
+    def _wait(
+        self, request: Any, watched: bool = True, status: Any = None, meanwhile: Callable[[], None] | None = None
+    ) -> None:
         """Looks again and again, later on with sleeps in between, the longer the longer it takes."""
         since, looks = time.monotonic(), 0
         most_looks = LOOKS_IF_CROWDED if self.sharing > self._cores else LOOKS
-        self._waits_since = since if watched else None
-        while not request.Test():
+        self._waits.since = since if watched else None
+        while not request.Test(status):
             looks += 1
+            if meanwhile:
+                meanwhile()
             if looks > most_looks:
                 time.sleep(min((time.monotonic() - since) / 16, MOST_SLEEP))
-        self._waits_since = None
+                if watched and self.notes is not None:
+                    self._hear_of_life()
+        self._waits.since = None
+
+    def _hear_of_life(self) -> None:
+        """Waits anew if a stage that is at work has let this rank know."""
+        while self.notes.Iprobe(self.mpi.ANY_SOURCE, ALIVE):
+            self.notes.Recv(np.zeros(1, np.int64), self.mpi.ANY_SOURCE, ALIVE)
+            self._waits.since = time.monotonic()
 
     def _watch(self) -> None:
         """Ends this process when it has waited for too long; its launcher ends the others."""
         while True:
             time.sleep(self.patience / 10)
-            since = self._waits_since
+            since = self._waits.since
             if since is not None and time.monotonic() - since > self.patience:
                 self._say(f"another rank has not answered for {self.patience:g} seconds")
                 os._exit(1)

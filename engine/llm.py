@@ -49,8 +49,10 @@ class LLM:
     constant, and of max_seq_len remains how many of the last tokens penalties look at.
 
     Under mpiexec, the ranks share the model (docs/distributed.md), and on all but rank 0 this does not return: they
-    follow rank 0 and end with it. tp: how many ranks there have to be, or 1: the
-    others have no part in this model. parallel: "tensor" splits every layer, "allgather" the heads alone.
+    follow rank 0 and end with it. pp: stages, each of which holds some of the layers; by default 1. tp: ranks that
+    share the layers of a stage, by default all that there are for it. There have to be tp · pp ranks; with tp=1 and one
+    stage, rank 0 is alone, and the others have no part in this model. parallel: "tensor" splits every layer,
+    "allgather" the heads alone.
 
     Raises UsageError for options that cannot be, RillError for files that cannot be used or too little memory.
     """
@@ -75,6 +77,7 @@ class LLM:
         q_block: int | None = None,
         kv_block: int | None = None,
         tp: int | None = None,
+        pp: int | None = None,
         parallel: str = "tensor",
     ) -> None:
         _choice("dtype", dtype, DTYPES if format_of(dtype) is None else (dtype,))
@@ -82,12 +85,15 @@ class LLM:
         check_kv_dtype(kv_dtype)
         _positive("max_seq_len", max_seq_len)
         _positive("max_batch", max_batch)
+        for name, count in (("tp", tp), ("pp", pp)):
+            if count is not None:
+                _positive(name, count)
         started = time.perf_counter()
         options = Options(str(model), None if tokenizer is None else str(tokenizer), device, isa, attention, dtype,
                           kv_dtype, max_seq_len, max_batch, threads, sink, window, q_block, kv_block, tp,
-                          parallel, cache)  # fmt: skip
+                          pp, parallel, cache)  # fmt: skip
         comm = enter()
-        if tp == 1:
+        if tp == 1 and pp in (None, 1):
             comm = None  # rank 0 alone
         with lead(comm, options):
             opened = open_runner(options, comm)

@@ -14,6 +14,8 @@ from engine.device import Device, Progress, open_device
 from engine.errors import RillError, UsageError
 from engine.open_model import ModelFiles, open_model
 from engine.runner import Runner
+from engine.split import share_ranks
+from engine.stages import open_stages
 from engine.version import __version__
 
 T = TypeVar("T")
@@ -39,6 +41,7 @@ class Options:
     q_block: int | None
     kv_block: int | None
     tp: int | None
+    pp: int | None
     parallel: str
     cache: bool
 
@@ -75,32 +78,34 @@ def _open(options: Options, comm: Comm | None) -> Opened:
     ranks = comm.size if comm else 1
     if ranks > 1 and options.device not in RANK_DEVICES:
         raise UsageError(f"device {options.device!r}: ranks run on {', '.join(RANK_DEVICES)}")
-    if options.tp not in (None, ranks):
-        raise UsageError(f"tp {options.tp}: there {'are' if ranks > 1 else 'is'} {ranks} rank{'s' * (ranks > 1)}; "
-                         f"mpiexec -n {options.tp} starts as many as that")  # fmt: skip
+    tp, pp = share_ranks(options.tp, options.pp, ranks)
+    peers = open_stages(comm, tp, pp) if comm else None
     device = open_device(options.device, isa=options.isa, threads=options.threads, sharing=comm.sharing if comm else 1)
     if comm:
-        device.description += f" on each of {comm.size} ranks{comm.bound}"
+        shape = f" (tp {tp} × pp {pp})" if pp > 1 else ""
+        device.description += f" on each of {comm.size} ranks{shape}{comm.bound}"
     choice = choose_attention(options.attention, device, sink=options.sink, window=options.window,
                               q_block=options.q_block, kv_block=options.kv_block)  # fmt: skip
     files = open_model(options.model, options.tokenizer, options.dtype, with_tokenizer=not (comm and comm.rank))
     runner = Runner(
         files.config, files.checkpoint, device, dtype=options.dtype, kv_dtype=options.kv_dtype, attention=choice,
         max_seq_len=min(options.max_seq_len, files.config.max_position_embeddings), max_batch=options.max_batch,
-        vocab_size=files.vocab_size(), comm=comm, parallel=options.parallel,
+        vocab_size=files.vocab_size(), comm=comm, peers=peers, parallel=options.parallel,
     )  # fmt: skip
     return Opened(device, choice, files, runner)
 
 
 def _facts(opened: Opened) -> dict[str, Any]:
-    """What has to be the same on every rank."""
+    """What has to be the same on every rank, or on every rank of a stage."""
     checkpoint, config = opened.files.checkpoint, opened.files.config
     tensors = sorted((t.name, t.dtype, list(t.shape)) for t in checkpoint.tensors.values())
     norm = checkpoint.take("model.norm.weight", (config.hidden_size,)).read()  # tells trainings apart
     text = json.dumps([repr(config), sorted(config.raw.items(), key=str), tensors], default=str)
     digest = hashlib.sha256(text.encode() + norm.tobytes()).hexdigest()
+    stage = opened.runner.stage
+    plan = "plan" if stage.count == 1 else f"plan of stage {stage.index}"
     return {"version": __version__, "isa": str(getattr(opened.device, "isa", opened.device.type)),
-            "model": digest[:16], "plan": opened.runner.head}  # fmt: skip
+            "model": digest[:16], plan: opened.runner.head}  # fmt: skip
 
 
 def together(comm: Comm | None, work: Callable[[], T], facts: Callable[[T], dict[str, Any]]) -> T:
@@ -116,10 +121,12 @@ def together(comm: Comm | None, work: Callable[[], T], facts: Callable[[T], dict
     said = [json.loads(text) for text in comm.exchange(json.dumps(report))]
     if failure is not None:
         raise failure
+    first: dict[str, tuple[int, Any]] = {}
     for rank, other in enumerate(said):
         if "error" in other:
             raise RillError(f"rank {rank}: {other['error']['is']}")
         for name, fact in other["facts"].items():
-            if fact != said[0]["facts"][name]:
-                raise RillError(f"rank {rank} has another {name} than rank 0: {fact}, not {said[0]['facts'][name]}")
+            before, right = first.setdefault(name, (rank, fact))
+            if fact != right:
+                raise RillError(f"rank {rank} has another {name} than rank {before}: {fact}, not {right}")
     return result

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from engine.comm import BEAT, CLOSE, END, OPEN, PROFILE, STEP, Comm, open_comm
+from engine.comm import BEAT, CLOSE, END, OPEN, PROFILE, SEARCH, STEP, Comm, open_comm
 from engine.device import Cancelled, TokenError
 from engine.errors import UsageError
 from engine.loading import Options, load, open_runner
@@ -79,6 +79,8 @@ def follow(comm: Comm) -> NoReturn:
                 _open(comm, numbers[0], runners)
             elif command == STEP:
                 _replay(runners[numbers[0]], *numbers[1:])
+            elif command == SEARCH:
+                runners[numbers[0]].search(range(*numbers[1:]))
             elif command == BEAT:
                 comm.beat()
             elif command == CLOSE:

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from engine.errors import RillError
-from engine.runner import Sampled, Want
 from engine.sampler import ResolvedParams
-from engine.step import History
+from engine.step import History, Sampled, Want
 
 
 @dataclass(frozen=True)

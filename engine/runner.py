@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from engine import machine
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
 from engine.attention_choice import AttentionChoice
 from engine.checkpoint import Checkpoint
-from engine.comm import BEAT, CLOSE, STEP, Comm
+from engine.comm import BEAT, CLOSE, SEARCH, STEP, Comm
 from engine.config import ModelConfig
 from engine.device import Cancelled, Device, NotFiniteError, Progress, TokenError
 from engine.errors import RillError, UsageError
@@ -22,48 +22,21 @@ from engine.ops.kv_store import Pages
 from engine.ops.sample import Sample
 from engine.plan import Plan, Tensor, label_of
 from engine.segments import Segments
-from engine.split import WHOLE
-from engine.step import LOGIT_ROWS, Step
+from engine.split import ALL_LAYERS, WHOLE
+from engine.step import LOGIT_ROWS, Sampled, Segment, Step, Want, pieces
 
 MAX_ROWS = 512  # of a step: a prompt takes one pass over the weights for so many tokens
+IN_FLIGHT = 4  # for each stage, the pieces of a prompt that are begun before the first one is done
 KV_DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16, "int8": INT8}
 GIB = 1 << 30
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens of one sequence, to be put through the model in a step."""
-
-    slot: int
-    first_pos: int
-    tokens: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Want:
-    """Logits wanted of one row of a step. `prepare` fills the row's entry of step.arrays["sampling"]; `accept` gets
-    what came of it once the whole step has happened."""
-
-    row: int
-    prepare: Callable[[Any], None]
-    accept: Callable[[Sampled], None]
-    keep_logits: bool = False
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A row's token, its log probability and the likeliest alternatives; its logits where they are kept."""
-
-    token: int
-    logprob: float
-    top_token: np.ndarray
-    top_logprob: np.ndarray
-    logits: np.ndarray | None
-
-
 class Runner:
     """The plan of a checkpoint on a device. max_seq_len: positions of a sequence; where `attention` is endless, how far
-    back penalties look. Raises RillError where memory would not suffice; `load` reads the weights.
+    back penalties look. comm: all ranks, which take the commands; peers: the same, or the stages that they make up
+    (stages.py). Raises RillError where memory would not suffice; `load` reads the weights.
+
+    max_rows: of a replay. most_rows: that `run` takes at once; stages work on several replays at the same time.
     """
 
     def __init__(
@@ -79,10 +52,13 @@ class Runner:
         max_batch: int,
         vocab_size: int,
         comm: Comm | None = None,
+        peers: Comm | None = None,
         parallel: str = "tensor",
     ) -> None:
         self.device, self.config, self.attention, self.comm = device, config, attention, comm
-        self.split = comm.split if comm else WHOLE
+        self.peers = peers
+        self.split, self.stage = (peers.split, peers.stage) if peers else (WHOLE, ALL_LAYERS)
+        self.stage.check(config.num_hidden_layers)
         self.split.check(config.num_attention_heads, config.num_key_value_heads,
                          min(config.intermediate_size, config.vocab_size))  # fmt: skip
         self.number = comm.models if comm else 0
@@ -90,15 +66,20 @@ class Runner:
         self.kv_heads = len(self.split.part(config.num_key_value_heads))
         self.max_rows = max(MAX_ROWS, max_batch)
         self.model = Decoder(config, checkpoint, dtype, attention, device,
-                             self.split if parallel == "tensor" else WHOLE, self.split)  # fmt: skip
+                             self.split if parallel == "tensor" else WHOLE, self.split, self.stage)  # fmt: skip
         self.weights = list(self.model.weights())
         if kv_dtype == "auto":
-            kv_dtype = "float32" if self.model.embedding.table.dtype == FLOAT32 else "bfloat16"
+            kv_dtype = "float32" if self.model.table_dtype == FLOAT32 else "bfloat16"
         self.kv_dtype = kv_dtype
-        self.groups = group_layers([attention.policy(own) for own in config.sliding_windows], self.max_rows,
-                                   None if attention.is_endless else pages_of(max_seq_len))  # fmt: skip
+        groups = group_layers([attention.policy(own) for own in config.sliding_windows], self.max_rows,
+                              None if attention.is_endless else pages_of(max_seq_len))  # fmt: skip
+        # Rank 0 hands out pages of all groups, and every rank of those layers that it holds.
+        self.groups = [group._replace(layers=[i for i in group.layers if i in self.model.layers]) for group in groups]
+        # A ring keeps what a replay that has been stopped needs in order to begin again, not what several do.
+        ahead = self.stage.count > 1 and not any(group.ring.ring_pages for group in groups)
+        self.most_rows = self.max_rows * (IN_FLIGHT * self.stage.count if ahead else 1)
         self.page_bytes = self.kv_heads * device.cache_bytes(KV_DTYPES[kv_dtype], config.head_dim)
-        self.pages_per_seq = sum(group.entries * len(group.layers) for group in self.groups)  # of all layers
+        self.pages_per_seq = sum(group.entries * len(group.layers) for group in self.groups)  # of all layers here
         self.cache_capacity_bytes = max_batch * self.pages_per_seq * self.page_bytes  # the most it can come to take
         self._check_memory()
         self.plan = Plan(device)
@@ -126,6 +107,9 @@ class Runner:
         inputs = self.step.tensors
         self.layers = [each.kv for each in pages]
         self.logits = self.plan.keep(self.model.record(self.step, pages))
+        if not self.stage.is_last:
+            self.head = len(self.plan.nodes)
+            return
         # From here on a replay may be repeated for more rows of logits.
         self.head = next(i for i, node in enumerate(self.plan.nodes) if node.written[0].owner is self.logits)
         self.plan.keep(self.plan.nodes[self.head].tensors["x"])
@@ -170,8 +154,8 @@ class Runner:
         for tensor in self.layers:
             self.device.allocate([tensor])
         self.plan.lower()
-        if self.comm:
-            self.plan.program = Segments(self.plan, self.comm)
+        if self.peers:
+            self.plan.program = Segments(self.plan, self.peers)
 
     def _check_memory(self) -> None:
         free = machine.free_memory()
@@ -191,7 +175,8 @@ class Runner:
         return 4 * (self.max_rows * widest * 2 + LOGIT_ROWS * self.config.vocab_size)
 
     def run(self, segments: Sequence[Segment], wants: Sequence[Want]) -> None:
-        """Puts the segments through the model, at most max_rows tokens, and delivers the wanted rows.
+        """Puts the segments through the model, at most most_rows tokens, and delivers the wanted rows, which are in
+        order.
 
         Raises Cancelled, NotFiniteError or TokenError; then nothing has been delivered, and the same call may be
         made again.
@@ -199,27 +184,60 @@ class Runner:
         for segment in segments:
             for cache in self.caches:
                 cache.reserve(segment.slot, segment.first_pos + len(segment.tokens))
-        self.step.set_rows(
-            [token for s in segments for token in s.tokens],
-            [s.first_pos + i for s in segments for i in range(len(s.tokens))],
-            [s.slot for s in segments for _ in s.tokens],
-        )
         results: list[Sampled] = []
-        for start in range(0, max(1, len(wants)), LOGIT_ROWS):
-            part = wants[start : start + LOGIT_ROWS]
-            self.step.set_logit_rows([want.row for want in part])
-            for want, entry in zip(part, self.step.arrays["sampling"], strict=False):
-                want.prepare(entry)
-            self._replay(self.head if start else 0, bool(part), start)
-            results += self._collect(part)
+        if self.stage.count > 1:
+            self._run_ahead(segments, wants, results)
+        else:
+            for first, last, part in self._replays(segments, wants):
+                self._replay(self.replay, first, last, part, results)
         for want, result in zip(wants, results, strict=True):
             want.accept(result)
 
-    def _replay(self, first: int, with_head: bool, start: int) -> None:
+    def _run_ahead(self, segments: Sequence[Segment], wants: Sequence[Want], results: list[Sampled]) -> None:
+        """All replays are told before the first begins, so that each stage goes on to the next one as soon as it is
+        done. What has been told is replayed to the end, whatever becomes of one."""
+        assert self.comm is not None
+        problems: list[Exception] = []
+        with self.comm.turn():
+            count = sum(self._tell(first, last) for first, last, _ in self._replays(segments, wants))
+            for first, last, part in self._replays(segments, wants):
+                try:
+                    self._replay(self._take_part, first, last, part, results)
+                except (Cancelled, NotFiniteError, TokenError) as error:
+                    problems.append(error)
+            self.comm.settle()
+        if problems and count > 1:
+            raise Cancelled  # whose fault it is shows where one replay is a step of its own
+        if problems:
+            raise problems[0]
+
+    def _replays(
+        self, segments: Sequence[Segment], wants: Sequence[Want]
+    ) -> Iterator[tuple[int, int, Sequence[Want]]]:
+        """Sets the step for one replay after the other, of max_rows tokens and LOGIT_ROWS wanted rows at most. Gives
+        the nodes [first, last) to replay, and which rows are wanted of them."""
+        start = 0
+        for piece in pieces(segments, self.max_rows):
+            token = [token for s in piece for token in s.tokens]
+            self.step.set_rows(token, [s.first_pos + i for s in piece for i in range(len(s.tokens))],
+                               [s.slot for s in piece for _ in s.tokens])  # fmt: skip
+            wanted = [want for want in wants if start <= want.row < start + len(token)]
+            for i in range(0, max(1, len(wanted)), LOGIT_ROWS):
+                part = wanted[i : i + LOGIT_ROWS]
+                self.step.set_logit_rows([want.row - start for want in part])
+                yield self.head if i else 0, len(self.plan.nodes) if part else self.head, part
+            start += len(token)
+
+    def _replay(
+        self, replay: Callable[[int, int], None], first: int, last: int, part: Sequence[Want], results: list[Sampled]
+    ) -> None:
+        for want, entry in zip(part, self.step.arrays["sampling"], strict=False):
+            want.prepare(entry)
         try:
-            self.replay(first, len(self.plan.nodes) if with_head else self.head)
+            replay(first, last)
         except NotFiniteError as error:
-            raise NotFiniteError(start + error.row) from None
+            raise NotFiniteError(len(results) + error.row) from None
+        results += self._collect(part)
 
     def replay(self, first: int, last: int) -> None:
         """Replays nodes [first, last) of the plan, on all ranks."""
@@ -227,25 +245,45 @@ class Runner:
             self.plan.run(first, last)
             return
         with self.comm.turn():
-            self.comm.command(STEP, self.number, first, last)
-            self.follow(first, last)
+            self._tell(first, last)
+            self._take_part(first, last)
+            self.comm.settle()
+
+    def _tell(self, first: int, last: int) -> bool:
+        """Rank 0 tells the others of a replay. Returns whether it is of rows, and not only of more logits."""
+        assert self.comm and self.peers
+        self.comm.announce(self.step.shared, STEP, self.number, first, last)
+        self.peers.told += first == 0
+        return first == 0
 
     def follow(self, first: int, last: int) -> None:
-        """A rank's part in a replay. Raises Cancelled or TokenError on all ranks, NotFiniteError after the last
-        collective; anything else ends them all."""
+        """Another rank's part in a replay that rank 0 has told of. Raises as _take_part does."""
         assert self.comm is not None
+        self.comm.broadcast(self.step.shared)
+        self._take_part(first, last)
+
+    def _take_part(self, first: int, last: int) -> None:
+        """This rank's part of a replay of nodes [first, last) of rank 0's plan: of a stage before that one all nodes,
+        where the first is replayed. Raises Cancelled or TokenError on all ranks that come later in the plan,
+        NotFiniteError after the last collective; anything else ends them all."""
+        assert self.comm and self.peers
+        self.peers.begun += first == 0
+        if not self.stage.is_last:
+            first, last = 0, len(self.plan.nodes) if first == 0 else 0
         try:
-            self.comm.broadcast(self.step.shared)
             self.plan.run(first, min(last, len(self.plan.nodes)))
-        except (Cancelled, NotFiniteError, TokenError):
+        except (Cancelled, TokenError) as error:
+            self.peers.pass_on(error)
+            raise
+        except NotFiniteError:
             raise
         except BaseException as error:
             self.comm.fail(error)
 
     def cancel(self, flag: bool) -> None:
         """Stops the replay that is running (True), or allows replays again (False). From any thread."""
-        if self.comm:
-            self.comm.stopped = flag
+        if self.peers:
+            self.peers.stopped = flag
         else:
             self.device.cancel(flag)
 
@@ -281,11 +319,29 @@ class Runner:
 
     def first_not_finite(self, rows: range) -> str:
         """Replays the last step node by node; names the first node whose output for these rows is not finite."""
-        for i, node in enumerate(self.plan.nodes[: self.head + 1]):
-            self.replay(i, i + 1)
-            if any(self._not_finite(tensor, rows) for tensor in node.written):
-                return label_of(self.plan.nodes, i)
-        return "no node: it did not happen again"
+        with self.comm.turn() if self.comm else nullcontext():
+            if self.comm:
+                self.comm.command(SEARCH, self.number, rows.start, rows.stop)
+            return self.search(rows)
+
+    def search(self, rows: range) -> str:
+        """first_not_finite, on every rank. Of the ranks of a stage, the one counts that sees it first."""
+        found: list[tuple[int, int, str]] = []  # stage, node, its name
+        try:
+            for i, node in enumerate(self.plan.nodes[: self.head + 1]):
+                self.plan.run(i, i + 1)
+                if not found and any(self._not_finite(tensor, rows) for tensor in node.written):
+                    found.append((self.stage.index, i, label_of(self.plan.nodes, i)))
+        except Cancelled as error:
+            if self.peers:
+                self.peers.pass_on(error)
+            found = [(-1, 0, "")]
+        if self.comm:
+            said = [json.loads(text) for text in self.comm.exchange(json.dumps(found))]
+            found = sorted(tuple(each) for one in said for each in one)
+        if found and found[0][0] < 0:
+            raise Cancelled
+        return found[0][2] if found else "no node: it did not happen again"
 
     def _not_finite(self, tensor: Tensor, rows: range) -> bool:
         if tensor.rows is not self.step.tensors["rows"]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from engine.device import Cancelled, NotFiniteError
 from engine.errors import RillError
 from engine.request import Request
-from engine.runner import Runner, Segment
+from engine.runner import Runner
+from engine.step import Segment
 
 SMALLEST_BUDGET = 16  # rows of a step after it has been stopped again and again
 
@@ -40,7 +41,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.cached: list[list[int]] = [[] for _ in range(max_batch)]  # what a free slot holds
         self.free_slots = set(range(max_batch))
-        self.budget = runner.max_rows  # rows of the next step
+        self.budget = runner.most_rows  # rows of the next step
         self.changed = threading.Condition()
         self.closed = False
         self.pid = os.getpid()
@@ -82,7 +83,7 @@ class Scheduler:
         while self._wait():
             try:
                 self._step()
-                self.budget = self.runner.max_rows
+                self.budget = self.runner.most_rows
             except Cancelled:
                 # The step did not happen; it is formed anew without those who left. It gets smaller each time, so
                 # that requests which come and go cannot keep a long prompt from ever being read.
@@ -128,9 +129,11 @@ class Scheduler:
     def _compose(self) -> list[Part]:
         """The next step: a row for each sequence that generates, the rest for prompts in order of arrival."""
         parts: list[Part] = []
-        rows = 0
+        rows, most = 0, self.budget
+        if self.runner.plan.profile or any(len(r.tokens) - r.computed == 1 for r in self.running):
+            most = min(most, self.runner.max_rows)  # what is timed runs alone; who generates waits for no long prompt
         for request in sorted(self.running, key=lambda r: len(r.tokens) - r.computed > 1):
-            tokens = request.tokens[request.computed : request.computed + self.budget - rows]
+            tokens = request.tokens[request.computed : request.computed + most - rows]
             if tokens:
                 parts.append(Part(request, Segment(request.slot, request.computed, tokens), rows))
                 rows += len(tokens)

@@ -7,6 +7,7 @@ of the 4 µs that summing a row of 1,024 numbers takes between two ranks of one 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine.device import Cancelled, Program
 from engine.plan import Plan
 
 LONG_STEP = 16  # rows: such a step looks at each collective whether it is to stop, shorter ones are soon over
+LOOK_UP = 8  # nodes after which a stage looks as well, since it may have no collective for long
 
 
 class Segments(Program):
@@ -32,21 +34,35 @@ class Segments(Program):
     def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
         begin = first
         for end in self.ends(first, last):
-            if begin < end:
-                part = None if times is None else np.ascontiguousarray(times[:, begin - first : end - first])
-                self.program.run(begin, end, part)
+            for start, stop in self._pieces(begin, end):
+                part = None if times is None else np.ascontiguousarray(times[:, start - first : stop - first])
+                self.program.run(start, stop, part)
                 if times is not None:
-                    times[:, begin - first : end - first] = part
+                    times[:, start - first : stop - first] = part
             if end < last:
                 self._join(end, None if times is None else times[0, end - first : end - first + 1])
             begin = end + 1
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Nodes [begin, end) in one go; those of a stage in pieces, with a look around between two."""
+        most = LOOK_UP if self.comm.stage.count > 1 else len(self.plan.nodes)
+        for start in range(begin, end, most):
+            if start > begin:
+                self._look(start)
+            yield start, min(start + most, end)
+
+    def _look(self, index: int) -> None:
+        """Raises Cancelled on all ranks of a stage or on none."""
+        self.comm.show_life()
+        if int(self.plan.nodes[index].rows.storage[0]) >= LONG_STEP and self.comm.agreed_to_stop():
+            raise Cancelled
 
     def _join(self, index: int, times: np.ndarray | None) -> None:
         """Does a collective; raises Cancelled on all ranks or on none."""
         node = self.plan.nodes[index]
         begin = time.perf_counter_ns()
-        if int(node.rows.storage[0]) >= LONG_STEP and self.comm.agreed_to_stop():
-            raise Cancelled
+        if node.op.name != "receive":  # what has been sent is received, or the next step would take it for its own
+            self._look(index)
         arrays = {name: self.plan.device.view(tensor) for name, tensor in node.tensors.items()}
         getattr(self.comm, node.op.name)(**arrays)
         if times is not None:

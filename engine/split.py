@@ -1,9 +1,12 @@
-"""How ranks share a model: tensor parallelism (Megatron-LM: Shoeybi et al., 2019).
+"""How ranks share a model: each layer (tensor parallelism, Megatron-LM: Shoeybi et al., 2019), or the layers (pipeline
+parallelism, GPipe: Huang et al., 2019).
 
 Where one matrix follows another, y = B · f(A · x), the first is split by its outputs and the second by its inputs. A
 rank that holds some rows of A and those columns of B computes f of its part alone, and the sum over all ranks of what
 comes out of B is y. So attention takes one sum (A is q, k and v, of whole heads; B the output) and so does the MLP (A
 is gate and up, B is down). The vocabulary is split by ids: a rank looks up those that it holds, and makes their logits.
+
+In a pipeline, a stage holds some layers and hands its rows on to the next one.
 """
 
 from __future__ import annotations
@@ -65,6 +68,54 @@ class Split:
 
 
 WHOLE = Split()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The layers of a model that stage `index` of `count` holds. The first one embeds, the last one makes the logits.
+    Alone, it holds everything."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    def layers(self, count: int) -> range:
+        """This stage's layers of `count`: as many as any other's. Those that are left over go to the stages that hold
+        neither embedding nor logits, then to the first, whose embedding costs memory but no time."""
+        each, left = divmod(count, self.count)
+        larger = [*range(1, self.count - 1), 0][:left]
+        sizes = [each + (stage in larger) for stage in range(self.count)]
+        start = sum(sizes[: self.index])
+        return range(start, start + sizes[self.index])
+
+    def check(self, layers: int) -> None:
+        """Raises UsageError where a stage would have no layer."""
+        if self.count > layers:
+            raise UsageError(f"pp {self.count}: the model has {layers} layers, and a stage needs one")
+
+
+ALL_LAYERS = Stage()
+
+
+def share_ranks(tp: int | None, pp: int | None, ranks: int) -> tuple[int, int]:
+    """How many ranks share a layer, and how many stages there are, of what was asked for: by default, all ranks and one
+    stage. Raises UsageError where that is another number of ranks than there are."""
+    stages = pp or 1
+    if tp is None and ranks % stages == 0:
+        return ranks // stages, stages
+    wanted = (tp or 1) * stages
+    if wanted != ranks:
+        asked = " × ".join(f"{name} {value}" for name, value in (("tp", tp), ("pp", pp)) if value is not None)
+        raise UsageError(f"{asked}: there {'are' if ranks > 1 else 'is'} {ranks} rank{'s' * (ranks > 1)}; "
+                         f"mpiexec -n {wanted} starts as many as that")  # fmt: skip
+    return tp or 1, stages
 
 
 def rows_of(source: Any, start: int, stop: int) -> Any:

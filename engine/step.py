@@ -6,7 +6,9 @@ decode (one row) and batched decode (one row of each of many) are the same thing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,53 @@ from engine.device import Device
 from engine.plan import Plan, Tensor
 
 LOGIT_ROWS = int(constants.LOGIT_ROWS)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one sequence, to be put through the model in a step."""
+
+    slot: int
+    first_pos: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Want:
+    """Logits wanted of one row of a step. `prepare` fills the row's entry of step.arrays["sampling"]; `accept` gets
+    what came of it once the whole step has happened."""
+
+    row: int
+    prepare: Callable[[Any], None]
+    accept: Callable[[Sampled], None]
+    keep_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A row's token, its log probability and the likeliest alternatives; its logits where they are kept."""
+
+    token: int
+    logprob: float
+    top_token: np.ndarray
+    top_logprob: np.ndarray
+    logits: np.ndarray | None
+
+
+def pieces(segments: Sequence[Segment], most: int) -> Iterator[list[Segment]]:
+    """The segments in their order, cut where it takes that to have at most so many tokens in each piece."""
+    piece: list[Segment] = []
+    room = most
+    for segment in segments:
+        slot, pos, tokens = segment.slot, segment.first_pos, segment.tokens
+        while len(tokens) >= room:
+            yield [*piece, Segment(slot, pos, tokens[:room])]
+            pos, tokens, piece, room = pos + room, tokens[room:], [], most
+        if tokens:
+            piece.append(Segment(slot, pos, tokens))
+            room -= len(tokens)
+    if piece:
+        yield piece
 
 
 class History:

@@ -13,8 +13,9 @@ from engine.device.numpy import evaluate
 from engine.errors import UsageError
 from engine.llm import LLM
 from engine.plan import Node, label_of
-from engine.runner import Runner, Sampled, Segment, Want
+from engine.runner import Runner
 from engine.sampler import SamplingParams
+from engine.step import Sampled, Segment, Want
 
 # Bounds on the normalised mean square error of one op: float32 sums, and inputs rounded to bf16.
 NODE_BOUND = {"float32": 1e-10, "bfloat16": 1e-5, "quantised": 1e-5}
@@ -43,7 +44,7 @@ def verify(model: str, token_ids: Sequence[int], gen_len: int = 0, **options: An
     """
     if not token_ids or gen_len < 0:
         raise UsageError("verify needs at least one token id and a gen_len of at least 0")
-    alike = ("dtype", "kv_dtype", "attention", "sink", "window", "tp", "parallel")
+    alike = ("dtype", "kv_dtype", "attention", "sink", "window", "tp", "pp", "parallel")
     shared = {k: v for k, v in options.items() if k in alike}
     size: dict[str, Any] = {"max_seq_len": len(token_ids) + gen_len, "max_batch": 1}
     with LLM(model, **options, **size) as llm, LLM(model, device="numpy", **shared, **size) as oracle:

@@ -4,7 +4,8 @@
 
 A job is {"model": …, "options": {…}, "prompts": [[…], …], "count": n}. The results of job i are its greedy tokens
 i.tokens [prompts, count], i.logits of the first prompt, and i.bytes, what its weights take on rank 0. FAULT is what
-goes wrong, on the last rank unless it says otherwise.
+goes wrong, on the last rank unless it says otherwise. Every rank notes in PIDS/held-RANK what it has come to hold: a
+line a model, with the bytes of weights, the bytes of the cache, its first layer and the one after its last.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import numpy as np
 from engine import LLM, SamplingParams
 from engine.ranks import enter
 from engine.runner import Runner
+from engine.segments import Segments
 
 
 def main(jobs: str, results: str, pids: str, fault: str = "") -> None:
     rank, size = int(os.environ.get("PMI_RANK", 0)), int(os.environ.get("PMI_SIZE", 1))
     (Path(pids) / str(rank)).write_text(str(os.getpid()))
+    note_what_is_held(Path(pids) / f"held-{rank}")
     if rank == size - 1:
         FAULTS[fault]()
     enter()
@@ -41,6 +44,19 @@ def main(jobs: str, results: str, pids: str, fault: str = "") -> None:
             found[f"{i}.bytes"] = np.array(llm.runner.weight_bytes)
             found[f"{i}.cache"] = np.array(llm.runner.cache_capacity_bytes)
     np.savez(results, **found)
+
+
+def note_what_is_held(file: Path) -> None:
+    load = Runner.load
+
+    def noting(self: Runner, progress: Any = None, cache: bool = False) -> None:
+        load(self, progress, cache)
+        weights, kv = (sum(tensor.storage.nbytes for tensor in each) for each in (self.weights, self.layers))
+        layers = self.model.layers
+        with file.open("a") as out:
+            print(weights, kv, layers.start, layers.stop, file=out)
+
+    Runner.load = noting  # type: ignore[method-assign]
 
 
 def raise_in_a_step() -> None:
@@ -67,6 +83,25 @@ def raise_in_a_plan() -> None:
     Comm.all_reduce = raising  # type: ignore[method-assign]
 
 
+def raise_in_a_stage() -> None:
+    from engine.stages import Stages
+
+    def raising(self: Stages, x: np.ndarray, pending: np.ndarray) -> None:
+        raise RuntimeError("on purpose")
+
+    Stages.send = raising  # type: ignore[method-assign]
+
+
+def work_slowly() -> None:
+    look = Segments._look
+
+    def slow(self: Segments, index: int) -> None:
+        time.sleep(0.5)
+        look(self, index)
+
+    Segments._look = slow  # type: ignore[method-assign]
+
+
 def load_slowly() -> None:
     load = Runner.load
 
@@ -89,6 +124,8 @@ FAULTS = {
     "rank 0 raises": lambda: None,
     "a step raises": raise_in_a_step,
     "a plan raises": raise_in_a_plan,
+    "a stage raises": raise_in_a_stage,
+    "slow stage": work_slowly,
     "slow load": load_slowly,
     "failing load": fail_to_load,
 }

@@ -19,8 +19,7 @@ from engine.device import Cancelled
 from engine.device.cpu import available_isas
 from engine.kvcache import PAGE
 from engine.ops.sample import penalised
-from engine.runner import Sampled, Segment, Want
-from engine.step import History
+from engine.step import History, Sampled, Segment, Want
 from engine.verify import verify
 from tools.golden_cases import QWEN2, QWEN3, SCALES, TIED, old_style, sizes
 from tools.random_weights import random_tensors, write_json, write_weights

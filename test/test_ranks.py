@@ -196,6 +196,9 @@ def test_rank_0_alone_prints_what_one_process_prints() -> None:
     [
         (3, [], "3 ranks cannot share 8 heads on 4 of keys and values: expected 1, 2, 4, 8"),
         (2, ["--tp", "4"], "--tp 4: there are 2 ranks; mpiexec -n 4 starts as many as that"),
+        (3, ["--tp", "2", "--pp", "2"], "--tp 2 × pp 2: there are 3 ranks; mpiexec -n 4 starts as many as that"),
+        (3, ["--pp", "2"], "--pp 2: there are 3 ranks; mpiexec -n 2 starts as many as that"),
+        (5, ["--pp", "5"], "--pp 5: the model has 4 layers, and a stage needs one"),
         (2, ["--temperature", "-1"], "--temperature: must be a number in [0, 100], found -1.0"),
         (2, ["no/such/model"], "no/such/model"),
     ],
@@ -230,6 +233,10 @@ def test_alone_nothing_of_this_is_there() -> None:
 def test_tp_without_ranks() -> None:
     with pytest.raises(UsageError, match="tp 2: there is 1 rank; mpiexec -n 2 starts"):
         LLM(ROOT / "models" / "tiny-qwen3", tp=2)
+    with pytest.raises(UsageError, match="pp 2: there is 1 rank; mpiexec -n 2 starts"):
+        LLM(ROOT / "models" / "tiny-qwen3", pp=2)
+    with pytest.raises(UsageError, match="pp 0: expected a positive number"):
+        LLM(ROOT / "models" / "tiny-qwen3", pp=0)
 
 
 @pytest.mark.parametrize(
@@ -252,12 +259,15 @@ def test_ranks_that_differ_end_at_the_start(second: list[str], problem: str, tmp
     assert not (tmp_path / "results.npz").exists()
 
 
-def test_verify_and_profile_on_ranks() -> None:
-    model = str(ROOT / "models" / "tiny-qwen3")
-    status, out, err = finish(start(2, "-m", "demo.infer", model, "--verify", "5,6,7,8", "--gen-len", "3"))
+@pytest.mark.parametrize(
+    ("pp", "said"), [("1", ["all_reduce", "gather"]), ("2", ["receive", "collectives are not the same"])]
+)
+def test_verify_and_profile_on_ranks(pp: str, said: list[str]) -> None:
+    program = ["-m", "demo.infer", str(ROOT / "models" / "tiny-qwen3"), "--pp", pp]
+    status, out, err = finish(start(2, *program, "--verify", "5,6,7,8", "--gen-len", "3"))
     assert status == 0 and "PASS: 7 tokens, 3 generated" in out, (out, err)
-    status, _, err = finish(start(2, "-m", "demo.infer", model, "--raw", "-p", "Once", "-n", "5", "--profile"))
-    assert status == 0 and "all_reduce" in err and "gather" in err, err
+    status, _, err = finish(start(2, *program, "--raw", "-p", "Once", "-n", "5", "--profile"))
+    assert status == 0 and all(part in err for part in said), err
 
 
 def test_methods_of_the_benchmark() -> None:
@@ -306,21 +316,23 @@ def test_the_script_measures_one_process_beside_ranks() -> None:
                      for isa, ranks in (("baseline", 1), ("mpi+baseline", 2))]  # fmt: skip
 
 
+WAYS = pytest.mark.parametrize(("ranks", "pp"), [(2, 1), (2, 2), (4, 2)])
+
 CANCELLING = """
 import sys, time
 from engine import LLM, SamplingParams
 from engine.device import Cancelled
 from engine.runner import Runner
 
-replay, stopped = Runner.replay, []
-def counting(self, first, last):
+run, stopped = Runner.run, []
+def counting(self, segments, wants):
     try:
-        replay(self, first, last)
+        run(self, segments, wants)
     except Cancelled:
-        stopped.append(first)
+        stopped.append(segments)
         raise
-Runner.replay = counting
-llm = LLM(sys.argv[1], max_seq_len=1000)
+Runner.run = counting
+llm = LLM(sys.argv[1], max_seq_len=1000, pp=int(sys.argv[2]))
 greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
 expected = llm.generate([5, 6, 7], greedy).token_ids
 for i in range(60):
@@ -328,16 +340,53 @@ for i in range(60):
     time.sleep(0.0005 * (i % 20))
     stream.close()
     assert llm.generate([5, 6, 7], greedy).token_ids == expected
-assert llm.generate([i + 1] * 900, greedy).token_ids == LLM(sys.argv[1], max_seq_len=1000).generate(
-    [i + 1] * 900, greedy).token_ids
+assert llm.generate([i + 1] * 900, greedy).token_ids == LLM(sys.argv[1], max_seq_len=1000,
+    pp=int(sys.argv[2])).generate([i + 1] * 900, greedy).token_ids
 print("stopped", len(stopped))
 """
 
 
-def test_a_step_is_stopped_on_all_ranks_or_on_none() -> None:
-    status, out, err = finish(start(2, "-c", CANCELLING, str(ROOT / "models" / "tiny-qwen3")))
+@WAYS
+def test_a_step_is_stopped_on_all_ranks_or_on_none(ranks: int, pp: int) -> None:
+    status, out, err = finish(start(ranks, "-c", CANCELLING, str(ROOT / "models" / "tiny-qwen3"), str(pp)))
     assert status == 0, err
     assert int(out.split()[1]) > 0, "no step was stopped in its middle"
+
+
+STOPPING = """
+import sys, time
+from pathlib import Path
+from engine import LLM, SamplingParams
+from engine.comm import open_comm
+from engine.segments import Segments
+from engine.stages import Stages
+
+look, pass_on = Segments._look, Stages.pass_on
+def slow(self, index):
+    if int(self.plan.nodes[index].rows.storage[0]) > 16:
+        time.sleep(0.2)
+    look(self, index)
+def noting(self, error):
+    pass_on(self, error)
+    Path(sys.argv[2]).write_text(type(error).__name__)
+if open_comm().rank:
+    Segments._look, Stages.pass_on = slow, noting
+llm = LLM(sys.argv[1], max_seq_len=1000, pp=2)
+greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+expected = llm.generate([5, 6, 7], greedy).token_ids
+llm.logits([7] * 90)  # replays that are of the last stage alone
+stream = llm.stream([9] * 900, greedy)
+time.sleep(0.3)
+stream.close()
+assert llm.generate([5, 6, 7], greedy).token_ids == expected
+"""
+
+
+def test_a_stage_before_rank_0s_hears_that_it_is_to_stop(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    status, _, err = finish(start(2, "-c", STOPPING, str(ROOT / "models" / "tiny-qwen3"), str(note)))
+    assert status == 0, err
+    assert note.read_text() == "Cancelled"
 
 
 FAILING_REQUESTS = """
@@ -345,7 +394,7 @@ import sys
 import numpy as np
 from engine import LLM, RillError, SamplingParams
 
-llm = LLM(sys.argv[1])
+llm = LLM(sys.argv[1], pp=int(sys.argv[2]))
 greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
 expected = llm.generate([5, 6, 7], greedy).token_ids
 llm.check_token = lambda token: token
@@ -364,9 +413,10 @@ except RillError as error:
 """
 
 
-def test_a_request_that_fails_is_its_own_affair() -> None:
-    """NaN appears on rank 0 alone; the sum after it has it on every rank."""
-    status, out, err = finish(start(2, "-c", FAILING_REQUESTS, str(ROOT / "models" / "tiny-qwen3")))
+@WAYS
+def test_a_request_that_fails_is_its_own_affair(ranks: int, pp: int) -> None:
+    """NaN appears on rank 0 alone; the sum after it has it on every rank of the stage."""
+    status, out, err = finish(start(ranks, "-c", FAILING_REQUESTS, str(ROOT / "models" / "tiny-qwen3"), str(pp)))
     assert status == 0, err
     assert [line.split(";")[0] for line in out.splitlines()] == [
         "row 1 holds a token id outside the vocabulary",
@@ -377,23 +427,55 @@ def test_a_request_that_fails_is_its_own_affair() -> None:
     assert "rmsnorm of model.layers.2.self_attn.q_norm" in out
 
 
+NAN_SOMEWHERE = """
+import sys
+import numpy as np
+from engine import LLM, RillError, SamplingParams
+from engine.runner import Runner
+
+load = Runner.load
+def broken(self, progress=None, cache=False):
+    load(self, progress, cache)
+    for weight in self.weights:
+        if weight.name == "model.layers.0.mlp.down_proj.weight" and self.split.rank == self.split.ranks - 1:
+            weight.storage[...] = 255
+Runner.load = broken
+llm = LLM(sys.argv[1], pp=int(sys.argv[2]))
+try:
+    llm.generate([[5, 6, 8], [3] * 700], SamplingParams(temperature=0, max_tokens=9))
+except RillError as error:
+    print(error)
+"""
+
+
+@WAYS
+def test_nan_is_found_wherever_it_began(ranks: int, pp: int) -> None:
+    """On the last rank of the first stage, which is not rank 0."""
+    status, out, err = finish(start(ranks, "-c", NAN_SOMEWHERE, str(ROOT / "models" / "tiny-qwen3"), str(pp)))
+    assert status == 0, err
+    assert "the logits are not finite; first seen at node" in out
+    assert "matmul of model.layers.0.mlp.down_proj" in out, out
+
+
 # A rank that is lost.
 
 
-def small_job(count: int = 12) -> dict[str, Any]:
-    return {"model": str(ROOT / "models" / "tiny-qwen3"), "options": {}, "prompts": [[1, 2, 3]], "count": count}
+def small_job(count: int = 12, pp: int = 1, length: int = 3) -> dict[str, Any]:
+    return {"model": str(ROOT / "models" / "tiny-qwen3"), "options": {"pp": pp}, "prompts": [[*range(length)]],
+            "count": count}  # fmt: skip
 
 
-def long_run(directory: Path, ranks: int = 2, **environment: str) -> Run:
+def long_run(directory: Path, pp: int, **environment: str) -> Run:
     """A worker that generates, one text after another, until it is stopped."""
-    return Run(directory, ranks, [small_job(900)] * 100, **environment)
+    return Run(directory, 2, [small_job(900, pp)] * 100, **environment)
 
 
+@pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("delay", [0.0, 0.4, 1.5])
-def test_a_rank_that_is_killed_ends_all(victim: int, delay: float, tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_ends_all(victim: int, delay: float, pp: int, tmp_path: Path) -> None:
     """In the middle of the start, of a load, of a step: wherever it is by then."""
-    run = long_run(tmp_path)
+    run = long_run(tmp_path, pp)
     pid = run.pid(victim)
     time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
@@ -402,18 +484,23 @@ def test_a_rank_that_is_killed_ends_all(victim: int, delay: float, tmp_path: Pat
     assert run.is_gone()
 
 
-@pytest.mark.parametrize("fault", ["a step raises", "a plan raises", "rank 0 raises", "failing load"])
-def test_a_rank_that_raises_ends_all(fault: str, tmp_path: Path) -> None:
-    run = Run(tmp_path, 2, [small_job()], fault)
+@pytest.mark.parametrize(
+    ("fault", "pp"),
+    [("a step raises", 1), ("a plan raises", 1), ("rank 0 raises", 1), ("failing load", 1)]
+    + [("a step raises", 2), ("a stage raises", 2), ("rank 0 raises", 2), ("failing load", 2)],
+)
+def test_a_rank_that_raises_ends_all(fault: str, pp: int, tmp_path: Path) -> None:
+    run = Run(tmp_path, 2, [small_job(pp=pp)], fault)
     run.pid(0)
     status, _, err = finish(run.process, SOON + 5)  # the start included
     assert status != 0 and "on purpose" in err
     assert run.is_gone()
 
 
+@pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_stuck_is_noticed(victim: int, tmp_path: Path) -> None:
-    run = long_run(tmp_path, RILL_HEARTBEAT="1")
+def test_a_rank_that_is_stuck_is_noticed(victim: int, pp: int, tmp_path: Path) -> None:
+    run = long_run(tmp_path, pp, RILL_HEARTBEAT="1")
     pid = run.pid(victim)
     time.sleep(2)
     os.kill(pid, signal.SIGSTOP)
@@ -424,6 +511,13 @@ def test_a_rank_that_is_stuck_is_noticed(victim: int, tmp_path: Path) -> None:
 
 def test_a_slow_load_is_not_taken_for_stuck(tmp_path: Path) -> None:
     run = Run(tmp_path, 2, [small_job()], "slow load", RILL_HEARTBEAT="0.5")
+    status, _, err = finish(run.process)
+    assert status == 0 and run.results.exists(), err
+
+
+def test_a_stage_that_is_at_work_is_not_taken_for_stuck(tmp_path: Path) -> None:
+    """It takes 2 seconds over a step, and looks up every 0.5."""
+    run = Run(tmp_path, 2, [small_job(2, pp=2, length=20)], "slow stage", RILL_HEARTBEAT="1")
     status, _, err = finish(run.process)
     assert status == 0 and run.results.exists(), err
 

@@ -22,7 +22,11 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 class TokenError(RillError):
-    """A row of the step holds a token id outside the vocabulary."""
+    """Row `row` of the step holds a token id outside the vocabulary."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row} holds a token id outside the vocabulary")
+        self.row = row
 
 
 class NotFiniteError(RillError):

@@ -329,7 +329,7 @@ def failure(status: int, detail: int) -> Exception:
     if status == abi.constants.STATUS_CANCELLED:
         return Cancelled()
     if status == abi.constants.STATUS_TOKEN:
-        return TokenError(f"row {detail} holds a token id outside the vocabulary")
+        return TokenError(detail)
     if status == abi.constants.STATUS_NOT_FINITE:
         return NotFiniteError(detail)
     return RillError(f"native status {status}, detail {detail}")

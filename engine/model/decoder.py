@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.attention_choice import AttentionChoice
 from engine.checkpoint import Checkpoint
@@ -19,12 +19,14 @@ from engine.ops.embedding import Embedding
 from engine.ops.kv_store import KVStore, Pages
 from engine.ops.logits import Logits
 from engine.ops.matmul import Linear
+from engine.ops.receive import Receive
 from engine.ops.rmsnorm import RMSNorm
 from engine.ops.rope import RoPE
 from engine.ops.rope_angles import RoPEAngles
+from engine.ops.send import Send
 from engine.ops.swiglu import SwiGLU
 from engine.plan import Tensor
-from engine.split import WHOLE, Split
+from engine.split import ALL_LAYERS, WHOLE, Split, Stage
 from engine.step import Step
 
 
@@ -137,12 +139,12 @@ class MLP(Layer):
 
 class Block(Layer):
     """One layer of the decoder. The MLP's output is added by the norm that comes next, the next block's or the
-    model's last."""
+    model's last. begins: none comes before it, or only in a stage before."""
 
-    def __init__(self, parts: Parts, index: int) -> None:
+    def __init__(self, parts: Parts, index: int, begins: bool) -> None:
         super().__init__(f"model.layers.{index}", parts.device)
         hidden = parts.config.hidden_size
-        make_norm = parts.add_norm if index else parts.norm
+        make_norm = parts.norm if begins else parts.add_norm
         self.input_norm: Layer = make_norm(f"{self.name}.input_layernorm", hidden)
         self.attention = SelfAttention(parts, f"{self.name}.self_attn", index)
         self.mlp_norm = parts.add_norm(f"{self.name}.post_attention_layernorm", hidden)
@@ -159,35 +161,44 @@ class Block(Layer):
 class Decoder(Layer):
     """Embedding, blocks, norm and logits of a checkpoint. Takes its tensors from the checkpoint by their Hugging Face
     names and checks their shapes; reads no data until a device loads `weights()`. heads: those to hold; split:
-    the part to hold of everything else."""
+    the part to hold of everything else; stage: the layers to hold. All tensors are taken whatever the stage, so that a
+    checkpoint is refused by every rank or by none."""
 
     def __init__(
         self, config: ModelConfig, checkpoint: Checkpoint, dtype: str, attention: AttentionChoice, device: Device,
-        split: Split = WHOLE, heads: Split = WHOLE,
+        split: Split = WHOLE, heads: Split = WHOLE, stage: Stage = ALL_LAYERS,
     ) -> None:  # fmt: skip
         super().__init__("model", device)
         self.config = config
         parts = Parts(config, checkpoint, dtype, attention, device, split, heads)
         table_shape = (config.vocab_size, config.hidden_size)
-        self.embedding = Embedding(checkpoint.take("model.embed_tokens.weight", table_shape), dtype,
-                                   "model.embed_tokens", device, split)  # fmt: skip
+        embedding = Embedding(checkpoint.take("model.embed_tokens.weight", table_shape), dtype,
+                              "model.embed_tokens", device, split)  # fmt: skip
+        self.table_dtype = embedding.table.dtype
+        self.embedding: Any = embedding if stage.is_first else Receive(config.hidden_size, "model.receive", device)
         rotation = config.rope.inv_freq(config.head_dim), config.rope.attention_scaling()
         self.angles = RoPEAngles(*rotation, "model.rope", device)
         self.sink_angles = None
         if any(attention.policy(own).sink for own in config.sliding_windows):
             self.sink_angles = RoPEAngles(*rotation, "model.sink_rope", device, attention.last_sink_pos)
-        self.blocks = [Block(parts, i) for i in range(config.num_hidden_layers)]
-        self.norm = parts.add_norm("model.norm", config.hidden_size)
+        self.layers = stage.layers(config.num_hidden_layers)
+        blocks = [Block(parts, i, begins=i == self.layers.start) for i in range(config.num_hidden_layers)]
+        self.blocks = [blocks[i] for i in self.layers]
+        norm = parts.add_norm("model.norm", config.hidden_size)
         if config.tie_word_embeddings:
             checkpoint.finish(ignore=["lm_head.weight"])
-            head = self.embedding.table
+            head = embedding.table
         else:
             head = Embedding(checkpoint.take("lm_head.weight", table_shape), dtype, "lm_head", device, split).table
             checkpoint.finish()
-        self.logits = Logits(head, "lm_head", device, split, config.vocab_size)
+        logits = Logits(head, "lm_head", device, split, config.vocab_size)
+        self.norm = norm if stage.is_last else None
+        self.logits = logits if stage.is_last else None
+        self.send = Send("model.send", device)
 
     def record(self, step: Step, cache: Sequence[Pages]) -> Tensor:
-        """Records the whole model over the pages of each layer. Returns the logits [logit rows, vocab_size]."""
+        """Records a stage over the pages of each of its layers. Returns the logits [logit rows, vocab_size] of the last
+        stage, the rows [rows, hidden] that another sends on."""
         inputs = step.tensors
         x = self.embedding.forward(inputs["token"])
         from_sinks = self.sink_angles.forward(inputs["pos"]) if self.sink_angles else None
@@ -195,4 +206,6 @@ class Decoder(Layer):
         pending: list[Tensor] = []  # what the next norm adds to x
         for block, pages in zip(self.blocks, cache, strict=True):
             pending = [block.forward(x, pending, angles, pages, inputs)]
+        if self.norm is None or self.logits is None:
+            return self.send.forward(x, *pending)
         return self.logits.forward(self.norm.forward(x, *pending), inputs["row_index"])

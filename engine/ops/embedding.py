@@ -15,7 +15,7 @@ def embedding(
 ) -> None:  # fmt: skip
     bad = np.flatnonzero((token < 0) | (token >= vocab_size))
     if len(bad):
-        raise TokenError(f"row {bad[0]} holds a token id outside the vocabulary")
+        raise TokenError(int(bad[0]))
     here = (token >= first_id) & (token < first_id + ids)
     out[~here] = 0
     if here.any():
