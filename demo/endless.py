@@ -23,7 +23,7 @@ from engine import LLM, SamplingParams
 from engine.abi import LAST_POS
 from engine.default_model import default_model
 from engine.machine import peak_memory
-from engine.runner import Segment
+from engine.step import Segment
 
 NAME = "demo.endless"
 FLAT = 0.05  # the most by which times may differ, as a share of the shortest

@@ -163,8 +163,8 @@ def test_a_window_of_one_returns_the_values(kind: str) -> None:
 
 
 def whole_numbers(case: AttentionCase, seed: int) -> list[QKV]:
-    """Queries and keys of whole numbers that every dtype holds exactly, so that all devices make the same scores: 127 in
-    each key makes the scale of an int8 cache 1."""
+    """Queries and keys of whole numbers that every dtype holds exactly, so that all devices make the same scores: with
+    127 in each key, the scale of an int8 cache is 1."""
     rng, result = np.random.default_rng(seed), []
     for length in case.lengths:
         q = rng.integers(-8, 9, (length, case.heads, case.head_dim)).astype(np.float32)
