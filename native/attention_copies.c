@@ -1,6 +1,5 @@
-/* Copies of a block's keys and values in f32, one panel behind the other. Where many queries meet a block, each of its
- * lines is widened once instead of for every few of them, and the micro-kernel walks straight through the L2 cache. The
- * order of additions stays, and so do the bits. */
+/* Copies of a block's keys and values, widened to f32, one panel behind the other. Where many queries meet a block, each
+ * of its lines is widened once instead of for every few of them. The order of additions stays, and so do the bits. */
 #include "attention_tile.h"
 
 enum { FEWEST_STRIPS = 4 }; /* for which copying pays */
@@ -16,11 +15,10 @@ static int64_t page_floats(const struct attention *op) { return key_floats(op) +
 static bool is_widened(const struct attention *op)
 {
 #ifdef BF16_DOT
-    return op->kv_dtype != DTYPE_BF16;
-#else
-    (void)op;
-    return true;
+    if (op->kv_dtype == DTYPE_BF16)
+        return false;
 #endif
+    return op->kv_dtype != DTYPE_F32;
 }
 
 int64_t tile_copies_bytes(const struct attention_tile *t, int64_t queries, int64_t pages)
@@ -62,10 +60,9 @@ INLINE void copy_panels(const char *from, int64_t lines, int64_t panels, float *
 static void copy(const char *from, int64_t lines, int64_t panels, float *to, enum line kind)
 {
     switch (kind) {
-    case LINE_F32: copy_panels(from, lines, panels, to, LINE_F32); break;
     case LINE_F16: copy_panels(from, lines, panels, to, LINE_F16); break;
     case LINE_BF16: copy_panels(from, lines, panels, to, LINE_BF16); break;
-    case LINE_I8: copy_panels(from, lines, panels, to, LINE_I8); break;
+    default: copy_panels(from, lines, panels, to, LINE_I8);
     }
 }
 
