@@ -24,10 +24,12 @@ import torch.multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tools.evaluate_model import CONTEXT, count_right_answers, held_out_loss, loss_of
-from tools.train_data import ENCODERS, Encoder, LlamaEncoder, pack_rows
+from tools.train_data import ENCODERS, Encoder, pack_rows
 from tools.train_tokenizer import TRAINERS
 from tools.warm_start import warm_start
 
+# Products in bf16 where the CPU has them; where it has not, they are slower than those in f32.
+ARITHMETIC = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 STEP_TOKENS = 4096
 # Attention over short rows costs less; some long ones then teach recall over the whole context.
 ROW_LENGTHS, LATE_ROW_LENGTHS, LATE_SHARE = (512,), (512, 512, 512, CONTEXT), 0.4
@@ -55,12 +57,12 @@ def build_model(name: str) -> torch.nn.Module:
         rope = {"rope_type": "default", "rope_theta": 1e6}
         return Qwen3ForCausalLM(Qwen3Config(**SHAPE, **ids, tie_word_embeddings=True, rope_parameters=rope))
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    rope = {"rope_type": "default", "rope_theta": 5e5}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
     return LlamaForCausalLM(LlamaConfig(**SHAPE, **ids, tie_word_embeddings=False, rope_parameters=rope))
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine down to a small share of the peak."""
+    """Of a run's `step`-th step: linear warm-up, then a cosine down to a small share of the peak."""
     if step < WARM_UP_STEPS:
         return peak * (step + 1) / WARM_UP_STEPS
     done = (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS)
@@ -74,7 +76,8 @@ def row_length(step: int, steps: int) -> int:
 
 
 def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the projections (Jordan et al. 2024), with steps as long as AdamW's, and AdamW for the rest.
+    """Muon for the projections (Jordan et al. 2024), with steps as long as AdamW's, and AdamW for the rest. AdamW for
+    all where bf16 is slow, in which Muon makes its matrices orthogonal.
 
     Each group has its `share` of the learning rate.
     """
@@ -82,13 +85,14 @@ def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, ...]:
     projections = [p for n, p in named if p.dim() > 1 and "layers" in n]
     tables = [p for n, p in named if p.dim() > 1 and "layers" not in n]
     gains = [p for _, p in named if p.dim() <= 1]
-    muon = torch.optim.Muon(
-        [{"params": projections, "share": 1.0}], weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-    )
+    projection_group = {"params": projections, "weight_decay": WEIGHT_DECAY, "share": 1.0}
     groups = [
         {"params": tables, "weight_decay": WEIGHT_DECAY, "share": 1.0},
         {"params": gains, "weight_decay": 0.0, "share": GAIN_RATE},
     ]
+    if ARITHMETIC == torch.float32:
+        return (torch.optim.AdamW([projection_group, *groups], betas=BETAS, fused=True),)
+    muon = torch.optim.Muon([projection_group], adjust_lr_fn="match_rms_adamw")
     return muon, torch.optim.AdamW(groups, betas=BETAS, fused=True)
 
 
@@ -100,12 +104,8 @@ class Training:
 
     def __init__(self, arguments: argparse.Namespace, worker: int = 0) -> None:
         self.name, self.steps, self.directory = arguments.model, arguments.steps, arguments.checkpoint
-        self.peak, self.worker, self.workers, self.step = (
-            arguments.learning_rate,
-            worker,
-            arguments.workers,
-            0,
-        )
+        self.peak, self.worker, self.workers = arguments.learning_rate, worker, arguments.workers
+        self.first = self.step = arguments.first_step
         torch.manual_seed(0)
         self.encoder: Encoder = ENCODERS[self.name](self.directory)
         self.model = build_model(self.name)
@@ -157,11 +157,11 @@ class Training:
             self.save()
 
     def _one_step(self) -> float:
-        length = row_length(self.step, self.steps)
+        length = row_length(self.step - self.first, self.steps - self.first)
         count = STEP_TOKENS // length // self.workers
         rows = pack_rows(self.encoder, f"train/{self.step}/{self.worker}", count, length)
-        rate = learning_rate(self.step, self.steps, self.peak)
-        loss = loss_of(self.compiled, rows)
+        rate = learning_rate(self.step - self.first, self.steps - self.first, self.peak)
+        loss = loss_of(self.compiled, rows, ARITHMETIC)
         loss.backward()
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
@@ -183,9 +183,9 @@ class Training:
             gradient.copy_(mean.view_as(gradient))
 
     def _evaluate(self) -> None:
-        right, asked = count_right_answers(self.model, self.encoder, EVALUATE_CHATS)
+        right, asked = count_right_answers(self.model, self.encoder, EVALUATE_CHATS, ARITHMETIC)
         shares = {category: right[category] / asked[category] for category in sorted(asked)}
-        loss = held_out_loss(self.model, self.encoder)
+        loss = held_out_loss(self.model, self.encoder, ARITHMETIC)
         self._log(step=self.step, held_out_loss=loss, right=right.total() / asked.total(), **shares)
 
     def _log(self, **values: Any) -> None:
@@ -242,7 +242,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         TRAINERS[arguments.model](arguments.checkpoint)
     training = Training(arguments)
     if arguments.warm_start and not training.file.exists():
-        warm_start(training.model, LlamaEncoder(arguments.checkpoint), arguments.warm_start)
+        warm_start(training.model, training.encoder, arguments.warm_start)
         training.save()
     print(f"starting at step {training.step}", flush=True)
 
@@ -253,11 +253,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=TRAINERS, default="tiny-qwen3")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4000, help="the last step, which is also a position in the data")
+    parser.add_argument("--first-step", type=int, default=0, help="where the first run from other weights begins")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--learning-rate", type=float, default=6e-3, help="at its peak")
-    parser.add_argument("--warm-start", type=Path, help="a tiny-qwen3 directory to start tiny-llama from")
+    parser.add_argument(
+        "--warm-start", type=Path, help="a directory whose weights to start from: tiny-qwen3, or the model's own"
+    )
     parser.add_argument("--workers", type=int, default=2, choices=(1, 2), help="processes of one thread each")
     parser.add_argument(
         "--export", action="store_true", help="only write the directory from the last checkpoint"

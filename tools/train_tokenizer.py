@@ -1,7 +1,9 @@
 """Make the tokenizers of the bundled models from generated text.
 
 `tiny-qwen3` gets a byte-level BPE in `tokenizer.json` (library `tokenizers`), `tiny-llama` a SentencePiece
-BPE with byte fallback in `tokenizer.model`. Both get a `tokenizer_config.json` with a chat template.
+BPE with byte fallback in `tokenizer.model` (needs `protobuf`). The pieces of the second are the tokens of the first,
+the rarest excepted, so that what one model has learned can start the other (`tools/warm_start.py`). Both get a
+`tokenizer_config.json` with a chat template.
 
 `python -m tools.train_tokenizer --model tiny-qwen3 OUT`
 """
@@ -9,13 +11,11 @@ BPE with byte fallback in `tokenizer.model`. Both get a `tokenizer_config.json` 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tools.chats import make_chat
@@ -45,6 +45,10 @@ INSTRUCTION_TEMPLATE = (
     "{%- endfor -%}"
 )
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+BYTE_LEVEL_VOCAB = 1500
+SPACE = "\u2581"  # how SentencePiece writes it
+# Of INSTRUCTION_TEMPLATE, in the order of merging.
+TEMPLATE_PIECES = ("IN", "ST", "INST", "[/", "SY", "SYS", "<<", ">>", "</")
 
 
 def sample_documents(seed: str = SEED, count: int = DOCUMENTS) -> Iterator[str]:
@@ -55,8 +59,8 @@ def sample_documents(seed: str = SEED, count: int = DOCUMENTS) -> Iterator[str]:
         yield from (turn.content for turn in make_chat(rng))
 
 
-def train_byte_level(directory: Path, vocab_size: int = 1500) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` in the manner of Qwen."""
+def train_bpe(vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with so many tokens, without special ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     words = Regex(r"'s| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -67,14 +71,20 @@ def train_byte_level(directory: Path, vocab_size: int = 1500) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    specials = (END_OF_TEXT, IM_START, IM_END)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(specials),
+        vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     roles = ("system\n", "user\n", "assistant\n")
     tokenizer.train_from_iterator([*sample_documents(), *(roles * 100)], trainer)
+    return tokenizer
+
+
+def train_byte_level(directory: Path, vocab_size: int = BYTE_LEVEL_VOCAB) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` in the manner of Qwen."""
+    specials = (END_OF_TEXT, IM_START, IM_END)
+    tokenizer = train_bpe(vocab_size - len(specials))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     tokenizer.save(str(directory / "tokenizer.json"))
     _write_config(
@@ -94,24 +104,24 @@ def train_byte_level(directory: Path, vocab_size: int = 1500) -> None:
 
 def train_sentencepiece(directory: Path, vocab_size: int = 1536) -> None:
     """Write `tokenizer.model` and `tokenizer_config.json` in the manner of Llama 2."""
-    model = io.BytesIO()
-    lines = [line for text in sample_documents() for line in text.split("\n") if line]
-    lines += ["[INST] <<SYS>>", "<</SYS>>", "[/INST]"] * 3000
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=1.0,
-        num_threads=2,
-        minloglevel=2,
-    )
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    kinds = proto.ModelProto.SentencePiece
+    model = proto.ModelProto()
+    model.trainer_spec.model_type = proto.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.vocab_size = vocab_size
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
+    for name, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
+        model.pieces.add(piece=name, score=0, type=kind)
+    for byte in range(256):
+        model.pieces.add(piece=f"<0x{byte:02X}>", score=0, type=kinds.BYTE)
+    characters, merged = spell_out(train_bpe(BYTE_LEVEL_VOCAB))
+    merged = merged[: vocab_size - len(model.pieces) - len(TEMPLATE_PIECES) - len(characters)]
+    for rank, piece in enumerate([*merged, *TEMPLATE_PIECES, *characters]):
+        model.pieces.add(piece=piece, score=-rank)
+    (directory / "tokenizer.model").write_bytes(model.SerializeToString())
     _write_config(
         directory,
         {
@@ -127,6 +137,15 @@ def train_sentencepiece(directory: Path, vocab_size: int = 1536) -> None:
             "chat_template": INSTRUCTION_TEMPLATE,
         },
     )
+
+
+def spell_out(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """Characters of the generated text, and what a byte-level BPE merges, in its order, as SentencePiece writes it."""
+    texts = [text.replace(" ", SPACE) for text in sample_documents()]
+    characters = sorted(set("".join([*texts, "[]", *TEMPLATE_PIECES])))
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    letters = decoders.ByteLevel()
+    return characters, [letters.decode(["".join(merge)]).replace(" ", SPACE) for merge in merges]
 
 
 def _write_config(directory: Path, config: dict[str, object]) -> None:

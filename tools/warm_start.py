@@ -1,8 +1,10 @@
-"""Start `tiny-llama` from the weights of `tiny-qwen3` instead of from noise (needs `torch`, `transformers`).
+"""Start a bundled model from trained weights instead of from noise (needs `torch`, `transformers`): from its own, to
+train it further, or `tiny-llama` from those of `tiny-qwen3`.
 
-The two differ in their vocabularies and in the norms that Qwen3 has on queries and keys. A piece of the new
-vocabulary gets the mean embedding of the old tokens that spell it; the norms, which divide by a length that
-hardly varies, are folded into the projections with that length's mean. What remains wrong, training mends.
+The two differ in their templates, a little in their vocabularies, and in the norms that Qwen3 has on queries and keys.
+Nearly all pieces of the new vocabulary are tokens of the old one; any other gets the mean embedding of the tokens that
+spell it. The norms divide by a length that hardly varies: they are folded into the projections with that length's mean.
+What remains wrong, training mends.
 """
 
 from __future__ import annotations
@@ -11,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
-from tools.train_data import LlamaEncoder, Qwen3Encoder, pack_rows
-from tools.train_tokenizer import END_OF_TEXT, IM_END, IM_START
-
-SPACE = "\u2581"
+from tools.train_data import Encoder, LlamaEncoder, Qwen3Encoder, pack_rows
+from tools.train_tokenizer import END_OF_TEXT, IM_END, IM_START, SPACE
 
 
-def warm_start(model: Any, encoder: LlamaEncoder, source_directory: Path) -> None:
-    """Fill a Llama model of the same shape from a Qwen3 model directory."""
+def warm_start(model: Any, encoder: Encoder, source_directory: Path) -> None:
+    """Fill a model from a directory of its own architecture, or a Llama model from a Qwen3 one of its shape."""
+    source = AutoModelForCausalLM.from_pretrained(source_directory, dtype=torch.float32)
     with torch.no_grad():
-        _fill(model, encoder, source_directory)
+        if isinstance(encoder, LlamaEncoder) and source.config.model_type == "qwen3":
+            _fill(model, encoder, source, Qwen3Encoder(source_directory))
+        else:
+            model.load_state_dict(source.state_dict())
 
 
-def _fill(model: Any, encoder: LlamaEncoder, source_directory: Path) -> None:
-    source: Any = Qwen3ForCausalLM.from_pretrained(source_directory, dtype=torch.float32)
-    source_encoder = Qwen3Encoder(source_directory)
+def _fill(model: Any, encoder: LlamaEncoder, source: Any, source_encoder: Qwen3Encoder) -> None:
     rows = spell(encoder, source_encoder, source.model.embed_tokens.weight)
     model.model.embed_tokens.weight.copy_(rows)
     model.lm_head.weight.copy_(rows)
