@@ -11,10 +11,12 @@ the rarest excepted, so that what one model has learned can start the other (`to
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -104,8 +106,7 @@ def train_byte_level(directory: Path, vocab_size: int = BYTE_LEVEL_VOCAB) -> Non
 
 def train_sentencepiece(directory: Path, vocab_size: int = 1536) -> None:
     """Write `tokenizer.model` and `tokenizer_config.json` in the manner of Llama 2."""
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
+    proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     kinds = proto.ModelProto.SentencePiece
     model = proto.ModelProto()
     model.trainer_spec.model_type = proto.TrainerSpec.BPE
