@@ -3,8 +3,8 @@
     python -m demo.endless MODEL --sink 4 --window 252 --positions 1024,65536,1048576 --tokens 100000
 
 First single rows at positions far apart, in interleaved rounds: positions are skipped ahead, what is computed for a
-row is the same. Then one text of so many tokens, in tenths: the time of each, and what the cache and the memory of the
-process had come to. Logits that are not numbers would end it with an error.
+row is the same. Then one text of so many tokens, in tenths: the time of each piece of it, and what the cache and the
+memory of the process had come to, in which the text itself is kept. Logits that are no numbers would end it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from statistics import median, quantiles
 
 from demo.options import Parser, integer, lengths, positive
-from demo.program import FAILED, run_program, tell
+from demo.program import FAILED, run_program
 from demo.timing import interleaved, seconds
 from engine import LLM, SamplingParams
 from engine.abi import LAST_POS
@@ -61,23 +61,27 @@ def show_positions(llm: LLM, positions: Sequence[int], rounds: int) -> bool:
     return flat
 
 
+def timed_parts(pieces: Iterable[str], size: int) -> Iterator[tuple[int, float]]:
+    """After every `size` pieces and at the end: how many there have been, and seconds a piece since the last time."""
+    count, before, then = 0, 0, time.perf_counter()
+    for count, _ in enumerate(pieces, 1):
+        if count % size == 0:
+            now = time.perf_counter()
+            yield count, (now - then) / size
+            before, then = count, now
+    if count > before:
+        yield count, (time.perf_counter() - then) / (count - before)
+
+
 def show_text(llm: LLM, count: int) -> None:
-    """Writes one text of `count` tokens, and prints a row for each tenth of it."""
-    params = SamplingParams(max_tokens=count, ignore_eos=True, seed=0)
-    begin, cached, peaks = time.perf_counter(), [], []
-    ends = []  # of pieces of text, nearly one a token
-    for piece in llm.stream(OPENING, params):
-        ends.append(time.perf_counter())
-        if len(ends) % (count // PARTS) == 0:
-            cached.append(llm.runner.cache_used_bytes)
-            peaks.append(peak_memory())
-            tell(NAME, f"{len(ends):,} pieces of text, the last one {piece!r}")
-    print("| tokens | a token | cache | peak memory |\n|---|---|---|---|")
-    for part, (used, peak) in enumerate(zip(cached, peaks, strict=True)):
-        size = count // PARTS
-        start = ends[part * size - 1] if part else begin
-        took = (ends[(part + 1) * size - 1] - start) / size
-        print(f"| {(part + 1) * size:,} | {took * 1e6:.0f} µs | {used / MB:.2f} MB | {peak / MB:.0f} MB |")
+    """Writes one text of `count` tokens, and prints a row for each tenth of it. A piece of text is nearly always a
+    token."""
+    print("| pieces of text | each | cache | peak memory |\n|---|---|---|---|")
+    pieces = llm.stream(OPENING, SamplingParams(max_tokens=count, ignore_eos=True, seed=0))
+    for number, each in timed_parts(pieces, count // PARTS):
+        used, peak = llm.runner.cache_used_bytes / MB, peak_memory() / MB
+        print(f"| {number:,} | {each * 1e6:.0f} µs | {used:.2f} MB | {peak:.0f} MB |", flush=True)
+    print(f"\n{count:,} tokens")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -438,7 +438,7 @@ def test_times_by_position_and_a_long_text(
     assert "4 sinks and a window of 40" in out and f"\n{verdict}: flat within" in out
     first_cells = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
     assert first_cells[:3] == ["| position", "| 500", "| 70,000"]
-    assert first_cells[3:] == ["| tokens", *(f"| {count}" for count in range(4, 41, 4))]
+    assert first_cells[3:6] == ["| pieces of text", "| 4", "| 8"] and out.endswith("\n40 tokens\n")
 
 
 @pytest.mark.parametrize("option, value", [("--tokens", "9"), ("-r", "1"), ("--positions", "0")])
