@@ -6,8 +6,24 @@
 
 enum {
     COLUMNS = LANES == 16 ? 2 : 1,                    /* panels of a tile when there are many rows */
-    TILE_ROWS = ACCUMULATORS / (COLUMNS * VECTORS)    /* 12, 6, 3 */
+    TILE_ROWS = ACCUMULATORS / (COLUMNS * VECTORS),   /* 12, 6, 3 */
+    SINGLE_COLUMNS = LANES == 8 ? 2 : 1,              /* panels of a single row: with one, sums would wait for each other */
+    WIDENING_ROWS = 4 * TILE_ROWS,                    /* from so many on, weights are widened once for all of them */
+    WIDE_BYTES = 256 << 10                            /* of widened panels: about half of an L2 cache */
 };
+
+/* Weights that are not multiplied as they are stored, but widened first. */
+static bool is_widened(int32_t dtype)
+{
+#ifdef BF16_DOT
+    if (dtype == DTYPE_BF16)
+        return false;
+#endif
+    return dtype == DTYPE_BF16 || dtype == DTYPE_F16;
+}
+
+/* How many widened panels lie side by side. */
+static int64_t wide_panels(int64_t k) { return max_i64(1, WIDE_BYTES / panel_bytes(DTYPE_F32, k)); }
 
 /* Floats of packed x per row: one for each input, or one for each pair of bf16. */
 static int64_t packed_floats(int32_t dtype, int64_t k)
@@ -29,8 +45,8 @@ static int64_t scratch_bytes(int32_t dtype, int64_t group, int64_t k, int64_t ro
     if (dtype == DTYPE_BF16)
         return amx_scratch(k, rows, threads);
 #endif
-    (void)threads;
-    return packed_floats(dtype, k) * rows * 4;
+    int64_t wide = is_widened(dtype) ? threads * wide_panels(k) * panel_bytes(DTYPE_F32, k) : 0;
+    return round_up(packed_floats(dtype, k) * rows * 4, 64) + wide;
 }
 
 /* Row r of a tile of m rows of x as [k][m], bf16 as [k/2][m] pairs. */
@@ -112,6 +128,10 @@ INLINE void multiply_tile(const struct product *p, const void *packed, int64_t f
     static void tile_##name(const struct product *p, const void *packed, int64_t first, int64_t panel)   \
     {                                                                                                    \
         multiply_tile(p, packed, first, panel, TILE_ROWS, COLUMNS, kind);                                \
+    }                                                                                                    \
+    static void single_##name(const struct product *p, const void *packed, int64_t first, int64_t panel) \
+    {                                                                                                    \
+        multiply_tile(p, packed, first, panel, 1, SINGLE_COLUMNS, kind);                                 \
     }
 KERNELS(f32, LINE_F32)
 KERNELS(f16, LINE_F16)
@@ -119,6 +139,53 @@ KERNELS(bf16, LINE_BF16)
 
 static panel_kernel *const rows_of[] = {[LINE_F32] = rows_f32, [LINE_F16] = rows_f16, [LINE_BF16] = rows_bf16};
 static panel_kernel *const tile_of[] = {[LINE_F32] = tile_f32, [LINE_F16] = tile_f16, [LINE_BF16] = tile_bf16};
+static panel_kernel *const single_of[] = {[LINE_F32] = single_f32, [LINE_F16] = single_f16, [LINE_BF16] = single_bf16};
+
+INLINE void widen_panel(const char *from, int64_t lines, float *to, const enum line kind)
+{
+    const int inputs = kind == LINE_BF16 ? 2 : 1, vector_bytes = line_bytes(kind) / VECTORS;
+    for (int64_t line = 0; line < lines; line++, from += line_bytes(kind))
+#pragma GCC unroll 2
+        for (int part = 0; part < inputs; part++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++, to += LANES)
+                vec_store(to, line_load(from + v * vector_bytes, kind, part));
+}
+
+/* Many rows: some panels at a time become f32, in the order of the sums that there would be otherwise. */
+static void multiply_widened(const struct product *p, struct worker *me)
+{
+    struct product wide = *p;
+    int64_t bytes = panel_bytes(DTYPE_F32, p->k), together = wide_panels(p->k);
+    char *packed = me->team->scratch;
+    char *own = packed + round_up(p->k * p->rows * 4, 64) + me->index * together * bytes;
+    wide.dtype = DTYPE_F32;
+    wide.weight = own;
+    pack_x(&wide, me, (float *)packed);
+    if (!team_wait(me))
+        return;
+    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
+    for (int64_t panel = panels.begin, count; panel < panels.end && !cancelled(me); panel += count) {
+        count = min_i64(together, panels.end - panel);
+        for (int64_t i = 0; i < count; i++) {
+            const char *weight = p->weight + (panel + i) * panel_bytes(p->dtype, p->k);
+            if (p->dtype == DTYPE_BF16)
+                widen_panel(weight, p->k / 2, (float *)(own + i * bytes), LINE_BF16);
+            else
+                widen_panel(weight, p->k, (float *)(own + i * bytes), LINE_F16);
+        }
+        wide.out = p->out + panel * PANEL;
+        wide.bias = p->bias ? p->bias + panel * PANEL : NULL;
+        wide.out_width = min_i64(p->out_width - panel * PANEL, count * PANEL);
+        for (int64_t first = 0; first < p->rows; first += TILE_ROWS) {
+            int64_t i = 0;
+            for (; first + TILE_ROWS <= p->rows && i + COLUMNS <= count; i += COLUMNS)
+                tile_f32(&wide, packed, first, i);
+            for (; i < count; i++)
+                rows_f32(&wide, packed, first, i);
+        }
+    }
+}
 
 #ifdef __AMX_BF16__
 enum { BLOCK = 16, PANELS = 2 }; /* rows of a tile; panels that share a reading of x */
@@ -211,10 +278,20 @@ static void multiply(const struct product *p, struct worker *me)
         return;
     }
 #endif
-    struct panel_kernels k = {tile_of[line_of(p->dtype)], rows_of[line_of(p->dtype)], TILE_ROWS, COLUMNS};
+    if (is_widened(p->dtype) && p->rows >= WIDENING_ROWS && p->k % 2 == 0) {
+        multiply_widened(p, me);
+        return;
+    }
+    enum line kind = line_of(p->dtype);
+    struct panel_kernels k = {tile_of[kind], rows_of[kind], TILE_ROWS, COLUMNS};
     pack_x(p, me, (float *)me->team->scratch);
-    if (team_wait(me))
-        multiply_panels(p, me->team->scratch, &k, my_share(me, round_up(p->out_width, PANEL) / PANEL), me);
+    if (!team_wait(me))
+        return;
+    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
+    if (p->rows == 1)
+        for (; panels.begin + SINGLE_COLUMNS <= panels.end && !cancelled(me); panels.begin += SINGLE_COLUMNS)
+            single_of[kind](p, me->team->scratch, 0, panels.begin);
+    multiply_panels(p, me->team->scratch, &k, panels, me);
 }
 
 void matmul(const struct matmul *op, struct worker *me)

@@ -90,6 +90,23 @@ def test_two_threads_give_the_bits_of_one(dtype: np.dtype) -> None:
                 assert_same_bits(one.forward(x[:rows]), two.forward(x[:rows]), what)
 
 
+@every_dtype
+def test_prompts_with_a_bias_have_the_bits_of_single_rows(dtype: np.dtype) -> None:
+    """So many rows that weights are widened for all of them at once, over more panels than are widened at a time."""
+    rng = np.random.default_rng(4)
+    for case in (MatmulCase(100, 1024), MatmulCase(33, 71)):
+        x, weight = normal(rng, 61, case.inputs), normal(rng, case.outputs, case.inputs, dtype=dtype)
+        bias = normal(rng, case.outputs)
+        for pair in isa_pairs():
+            one, two = (Linear([weight], [bias], device=device) for device in pair)
+            what = (pair[0].description, case)
+            out = one.forward(x)
+            exact, scale = exact_matmul(x, weight) + bias, scale_of(x, weight)
+            assert_matmul(out, exact, scale, error_limit(pair[0], dtype), what)
+            assert_same_bits(two.forward(x), out, what)
+            assert_same_bits(np.concatenate([one.forward(x[r : r + 1]) for r in range(61)]), out, what)
+
+
 def test_rows_of_other_magnitudes_change_nothing() -> None:
     rng = np.random.default_rng(3)
     x, loud = normal(rng, 13, 72), normal(rng, 13, 72) * 1e18
