@@ -1,4 +1,4 @@
-"""demo.compare_sdpa, with a stand-in where PyTorch would be."""
+"""tools.compare_sdpa, with a stand-in where PyTorch would be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from demo import compare_sdpa
+from tools import compare_sdpa
 
 
 def standin(calls: list[tuple[Any, ...]]) -> Any:

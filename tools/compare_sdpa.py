@@ -1,6 +1,6 @@
 """Flash attention beside PyTorch's `scaled_dot_product_attention`, causal, all rows of a prompt in one step.
 
-    python -m demo.compare_sdpa --lengths 1024,2048,4096,8192 --kv-dtype float32,bfloat16
+    python -m tools.compare_sdpa --lengths 1024,2048,4096,8192 --kv-dtype float32,bfloat16
 
 Needs PyTorch (`pip install '.[bench]'`). 16 heads of 128. Both take turns, with as many threads; PyTorch's
 queries, keys and values are all in the dtype of the cache, Rill's queries and outputs in float32. The limit is what the
@@ -24,7 +24,7 @@ from engine import RillError
 from engine.device import Device, open_device
 from engine.runner import KV_DTYPES
 
-NAME = "demo.compare_sdpa"
+NAME = "tools.compare_sdpa"
 HEADS, HEAD_DIM = 16, 128
 
 
