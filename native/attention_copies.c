@@ -11,19 +11,9 @@ static int64_t key_floats(const struct attention *op)
 
 static int64_t page_floats(const struct attention *op) { return key_floats(op) + PAGE * value_width(op->head_dim); }
 
-/* Lines that the CPU multiplies as they are cached stay where they are. */
-static bool is_widened(const struct attention *op)
-{
-#ifdef BF16_DOT
-    if (op->kv_dtype == DTYPE_BF16)
-        return false;
-#endif
-    return op->kv_dtype != DTYPE_F32;
-}
-
 int64_t tile_copies_bytes(const struct attention_tile *t, int64_t queries, int64_t pages)
 {
-    return queries >= FEWEST_STRIPS * t->strip && is_widened(t->op) ? pages * page_floats(t->op) * 4 : 0;
+    return queries >= FEWEST_STRIPS * t->strip && is_widened(t->op->kv_dtype) ? pages * page_floats(t->op) * 4 : 0;
 }
 
 void tile_choose_lines(struct attention_tile *t)
@@ -46,15 +36,10 @@ void tile_choose_lines(struct attention_tile *t)
 
 INLINE void copy_panels(const char *from, int64_t lines, int64_t panels, float *to, const enum line kind)
 {
-    const int inputs = kind == LINE_BF16 ? 2 : kind == LINE_I8 ? 4 : 1, vector_bytes = line_bytes(kind) / VECTORS;
+    const int inputs = kind == LINE_BF16 ? 2 : kind == LINE_I8 ? 4 : 1;
     for (int64_t line = 0; line < lines; line++)
         for (int64_t panel = 0; panel < panels; panel++, from += line_bytes(kind))
-#pragma GCC unroll 4
-            for (int part = 0; part < inputs; part++)
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++)
-                    vec_store(to + ((panel * lines + line) * inputs + part) * PANEL + v * LANES,
-                              line_load(from + v * vector_bytes, kind, part));
+            widen_line(from, to + (panel * lines + line) * inputs * PANEL, kind);
 }
 
 static void copy(const char *from, int64_t lines, int64_t panels, float *to, enum line kind)

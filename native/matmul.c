@@ -12,16 +12,6 @@ enum {
     WIDE_BYTES = 256 << 10                            /* of widened panels: about half of an L2 cache */
 };
 
-/* Weights that are not multiplied as they are stored, but widened first. */
-static bool is_widened(int32_t dtype)
-{
-#ifdef BF16_DOT
-    if (dtype == DTYPE_BF16)
-        return false;
-#endif
-    return dtype == DTYPE_BF16 || dtype == DTYPE_F16;
-}
-
 /* How many widened panels lie side by side. */
 static int64_t wide_panels(int64_t k) { return max_i64(1, WIDE_BYTES / panel_bytes(DTYPE_F32, k)); }
 
@@ -143,13 +133,8 @@ static panel_kernel *const single_of[] = {[LINE_F32] = single_f32, [LINE_F16] = 
 
 INLINE void widen_panel(const char *from, int64_t lines, float *to, const enum line kind)
 {
-    const int inputs = kind == LINE_BF16 ? 2 : 1, vector_bytes = line_bytes(kind) / VECTORS;
     for (int64_t line = 0; line < lines; line++, from += line_bytes(kind))
-#pragma GCC unroll 2
-        for (int part = 0; part < inputs; part++)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++, to += LANES)
-                vec_store(to, line_load(from + v * vector_bytes, kind, part));
+        to = widen_line(from, to, kind);
 }
 
 /* Many rows: some panels at a time become f32, in the order of the sums that there would be otherwise. */

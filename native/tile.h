@@ -53,6 +53,28 @@ INLINE vec line_load(const char *p, const enum line kind, const int part)
 #endif
 }
 
+/* Whether values of a dtype are widened to f32 before they are multiplied: not where the CPU takes them as they are. */
+static inline bool is_widened(int32_t dtype)
+{
+#ifdef BF16_DOT
+    if (dtype == DTYPE_BF16)
+        return false;
+#endif
+    return dtype != DTYPE_F32;
+}
+
+/* A line of one panel in f32: as many lines as it has inputs. Returns where the next ones go. */
+INLINE float *widen_line(const char *from, float *to, const enum line kind)
+{
+    const int inputs = kind == LINE_BF16 ? 2 : kind == LINE_I8 ? 4 : 1, vector_bytes = line_bytes(kind) / VECTORS;
+#pragma GCC unroll 4
+    for (int part = 0; part < inputs; part++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++, to += LANES)
+            vec_store(to, line_load(from + v * vector_bytes, kind, part));
+    return to;
+}
+
 INLINE vec multiply_add(vec w, vec x, vec acc, const enum line kind)
 {
 #ifdef BF16_DOT
