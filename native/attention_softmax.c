@@ -26,6 +26,9 @@ enum { CHAINS = PAGE / LANES };
         }                                                                                              \
     } while (0)
 
+/* The scales of LANES positions, for bytes as line_i8 gives them. */
+INLINE vec i8_scale(const float *scales) { return vec_mul(vec_load(scales), vec_set(1.0f / I8_UNIT)); }
+
 INLINE float highest_score(const struct attention_tile *t, int64_t row, int64_t parts, float *scores, const int32_t dtype)
 {
     struct span seen = visible(t->op, row);
@@ -36,7 +39,7 @@ INLINE float highest_score(const struct attention_tile *t, int64_t row, int64_t 
         int64_t begin = part->page * PAGE + part->from, end = part->page * PAGE + part->to;
         if (dtype == DTYPE_I8)
             for (int64_t i = 0; i < end - begin; i += LANES)
-                vec_store(scores + i, vec_mul(vec_load(scores + i), vec_load(part->scales + part->from + i)));
+                vec_store(scores + i, vec_mul(vec_load(scores + i), i8_scale(part->scales + part->from + i)));
         if (begin < seen.first || end - 1 > seen.last)
             hide(part, seen, t->op->sink, scores);
         EACH_VECTOR(part, highest[chain] = vec_max(highest[chain], vec_load(scores)); scores += LANES;);
@@ -64,7 +67,7 @@ INLINE vec weigh_vector(const struct part *part, float *scores, int64_t at, vec 
                         const int chain)
 {
     vec w = vec_exp2(vec_mul(vec_sub(vec_load(scores + at), top), scale));
-    vec scaled = dtype == DTYPE_I8 ? vec_mul(w, vec_load(part->scales + PAGE + chain * LANES)) : w;
+    vec scaled = dtype == DTYPE_I8 ? vec_mul(w, i8_scale(part->scales + PAGE + chain * LANES)) : w;
     store_weights(scores, at, scaled, dtype);
     return w;
 }

@@ -61,6 +61,7 @@ int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int6
     t->page = cut(memory, &used, pages * 8);
     t->part = cut(memory, &used, pages * (int64_t)sizeof *t->part);
     t->pieces = cut(memory, &used, pages * 8);
+    t->ahead = cut(memory, &used, pages * 8);
     int64_t copies = tile_copies_bytes(t, queries, pages);
     t->copies = copies > 0 ? cut(memory, &used, copies) : NULL;
     return used;
@@ -137,6 +138,12 @@ void tile_clear_sums(struct attention_tile *t)
         t->max[i] = -INFINITY, t->sum[i] = 0.0f;
 }
 
+/* Positions that are read together. */
+static int64_t panel_step(const struct attention_tile *t)
+{
+    return max_i64(PANEL, tile_product_lines(t->kind) * t->inputs);
+}
+
 /* What a strip of queries, from position `first` to `last`, needs of a page: some panels of it, since windows and the
  * diagonal seldom end with a page. What is left out would have added exact zeros. */
 static struct part part_of(const struct attention_tile *t, int64_t place, int64_t first, int64_t last)
@@ -145,7 +152,7 @@ static struct part part_of(const struct attention_tile *t, int64_t place, int64_
     int64_t page = t->page[place], begin = page * PAGE;
     int64_t window = op->window > 0 ? max_i64(0, first - op->window + 1) - begin : 0;
     int64_t sinks = op->sink - begin, from = sinks > 0 ? 0 : max_i64(0, window), to = min_i64(PAGE, last + 1 - begin);
-    int64_t step = max_i64(PANEL, tile_product_lines(t->kind) * t->inputs);
+    int64_t step = panel_step(t);
     if (window >= PAGE)
         to = min_i64(to, sinks);
     return (struct part){.page = page, .place = place, .from = from / step * step, .to = round_up(max_i64(to, 0), step),
@@ -174,14 +181,14 @@ static const float *scales_of(const struct attention_tile *t, int64_t page)
     return (const float *)((const char *)op->kv + pages) + page_index(t, page) * page_scales(op->kv_dtype);
 }
 
-/* scores[count rows] of columns [from, to) of a page */
-static void multiply_keys(const struct attention_tile *t, const float *q, const char *keys, int64_t count, int64_t from,
+/* scores[count rows] of columns [from, to) of a page. Few rows fetch the values of these positions meanwhile. */
+static void multiply_keys(const struct attention_tile *t, const float *q, struct page_lines at, int64_t count, int64_t from,
                           int64_t to, float *scores, int64_t score_row)
 {
-    const char *panels = keys + from / PANEL * t->keys.column;
+    const char *panels = at.keys + from / PANEL * t->keys.column, *values = at.values + from / t->inputs * t->values.step;
     struct tile_product product = {.kind = t->kind, .a = q, .a_row = t->q_row, .b = &panels, .pieces = 1,
                                    .depth = t->key_lines, .b_step = t->keys.step, .b_column = t->keys.column,
-                                   .c = scores, .c_row = score_row};
+                                   .ahead = &values, .ahead_step = t->values.column, .c = scores, .c_row = score_row};
     tile_product(&product, count, (to - from) / PANEL);
 }
 
@@ -191,25 +198,37 @@ static void score_part(const struct attention_tile *t, struct part *part, int64_
     part->at = t->copied ? tile_copy_of(t, part->place) : tile_page(t, part->page);
     part->scales = scales_of(t, part->page);
     if (!part->only_sinks)
-        multiply_keys(t, t->q + first * t->q_row, part->at.keys, count, part->from, part->to, scores, t->score_row);
+        multiply_keys(t, t->q + first * t->q_row, part->at, count, part->from, part->to, scores, t->score_row);
     if (!part->sinks)
         return;
-    multiply_keys(t, t->q_sink + first * t->q_row, part->at.keys, count, 0, round_up(part->sinks, PANEL), t->sink_scores,
+    multiply_keys(t, t->q_sink + first * t->q_row, part->at, count, 0, round_up(part->sinks, PANEL), t->sink_scores,
                   PAGE);
     for (int64_t r = 0; r < count; r++)
         memcpy(scores + r * t->score_row, t->sink_scores + r * PAGE, (size_t)part->sinks * sizeof *scores);
 }
 
-/* out[queries first .. first + count] += weights · values, as many parts of one height at a time as follow each other */
+/* The keys that come after a page's in the walk; the page's own where none do, since these are in the cache. */
+static const char *next_keys(const struct attention_tile *t, int64_t page)
+{
+    int64_t next = page + t->next.pages, heads = t->next.kv_head - t->kv_head;
+    return tile_page(t, next < tile_end_page(t) ? next : page).keys + heads * page_head_bytes(t->op->kv_dtype, t->op->head_dim);
+}
+
+/* out[queries first .. first + count] += weights · values, as many parts of one height at a time as follow each other. Few
+ * rows fetch the next keys meanwhile. */
 static void multiply_values(const struct attention_tile *t, int64_t first, int64_t count, int64_t parts)
 {
     const float *weights = t->scores;
     for (int64_t i = 0, run; i < parts; i += run) {
         int64_t height = t->part[i].to - t->part[i].from;
-        for (run = 0; i + run < parts && t->part[i + run].to - t->part[i + run].from == height; run++)
-            t->pieces[run] = t->part[i + run].at.values + t->part[i + run].from / t->inputs * t->values.step;
+        for (run = 0; i + run < parts && t->part[i + run].to - t->part[i + run].from == height; run++) {
+            const struct part *part = &t->part[i + run];
+            t->pieces[run] = part->at.values + part->from / t->inputs * t->values.step;
+            t->ahead[run] = height == PAGE ? next_keys(t, part->page) : t->pieces[run];
+        }
         struct tile_product product = {.kind = t->kind, .a = weights, .a_row = t->score_row, .b = t->pieces, .pieces = run,
                                        .depth = height / t->inputs, .b_step = t->values.step, .b_column = t->values.column,
+                                       .ahead = t->ahead, .ahead_step = t->values.column,
                                        .c = t->out + first * t->width, .c_row = t->width, .add = true};
         tile_product(&product, count, t->width / PANEL);
         weights += run * product.depth * line_floats(t->kind);
@@ -245,7 +264,7 @@ static void attend_block(struct attention_tile *t, int64_t count)
         attend_strip(t, first, min_i64(t->strip, t->queries - first), count);
 }
 
-void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size)
+void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size, struct ahead after)
 {
     int64_t page = tile_next_page(t, first);
     until = min_i64(until, tile_end_page(t));
@@ -253,6 +272,7 @@ void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, 
         int64_t count = 0, end = min_i64(until, (page / size + 1) * size);
         for (; page < end; page = tile_next_page(t, page + 1))
             t->page[count++] = page;
+        t->next = page < until ? (struct ahead){t->kv_head, count} : after;
         attend_block(t, count);
     }
 }
@@ -272,11 +292,13 @@ void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_s
     while (tile_before(t, &end, max_rows))
         for (t->kv_head = 0; t->kv_head < t->op->kv_heads; t->kv_head++)
             if (item++ == next) {
+                next = take(me);
+                int64_t next_head = t->kv_head + next - (item - 1);
                 tile_load_queries(t);
                 tile_clear_sums(t);
-                tile_attend_blocks(t, 0, tile_end_page(t), block_size);
+                tile_attend_blocks(t, 0, tile_end_page(t), block_size,
+                                   (struct ahead){next_head < t->op->kv_heads ? next_head : t->kv_head, 0});
                 for (int64_t i = 0; i < t->queries; i++)
                     divide_by_sum(t->op, t->out + i * t->width, t->sum[i], out_of(t, i));
-                next = take(me);
             }
 }

@@ -25,6 +25,9 @@ struct part {
     const float *scales;           /* [keys, values][PAGE]: int8 only */
 };
 
+/* Where the walk goes on after a block: with which KV head, and how many pages further on. */
+struct ahead { int64_t kv_head, pages; };
+
 /* How keys or values lie for the micro-kernel: bytes from line to line and from panel to panel. */
 struct panels { int64_t step, column; };
 
@@ -47,7 +50,8 @@ struct attention_tile {
     struct panels keys, values;
     int64_t *page;                 /* numbers of a block's pages */
     struct part *part;             /* what the strip at hand needs of them */
-    const char **pieces;           /* where the values of some of them lie */
+    const char **pieces, **ahead;  /* where the values of some of them lie, and what is fetched meanwhile */
+    struct ahead next;
 };
 
 /* Lays out the memory of a tile of so many queries and keys to a block. Returns its bytes; memory may be NULL. */
@@ -77,8 +81,8 @@ int64_t tile_next_page(const struct attention_tile *t, int64_t page);
 int64_t tile_end_page(const struct attention_tile *t);
 
 /* Adds to the sums the keys and values of those of pages [first, until) that the tile sees, in blocks of `size` pages cut
- * at multiples of it. */
-void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size);
+ * at multiples of it. `after`: where the walk goes on then. */
+void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size, struct ahead after);
 
 /* Turns the scores of `count` queries, `columns` each, those of t->part[0 .. parts], into weights in place, as the
  * micro-kernel reads A, and counts them into the queries' highest scores and sums. */

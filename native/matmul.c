@@ -76,9 +76,11 @@ INLINE void multiply_tile(const struct product *p, const void *packed, int64_t f
 {
     const int group = line_floats(kind);
     int64_t bytes = panel_bytes(p->dtype, p->k);
+    const char *b = p->weight + panel * bytes;
     struct tile t = {.a = (const float *)packed + first * packed_floats(p->dtype, p->k), .a_row = group, .a_step = group * rows,
-                     .b = p->weight + panel * bytes, .b_column = bytes, .b_step = line_bytes(kind),
-                     .depth = kind == LINE_BF16 ? (p->k + 1) / 2 : p->k};
+                     .b = b, .b_column = bytes, .b_step = line_bytes(kind),
+                     .depth = kind == LINE_BF16 ? (p->k + 1) / 2 : p->k,
+                     .ahead = b + AHEAD, .ahead_column = bytes, .ahead_step = line_bytes(kind)};
     vec acc[ACCUMULATORS];
     tile_clear(acc, rows, columns);
     tile_accumulate(acc, &t, rows, columns, kind);

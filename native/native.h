@@ -47,14 +47,16 @@ static inline struct range my_share(const struct worker *me, int64_t count)
     return share_of(count, me->index, me->team->threads);
 }
 
-/* Brings what lies a page ahead into the L2 cache, or what is needed soon into the L1 cache. */
+/* Brings what is needed later into the L2 cache, or what is needed soon into the L1 cache. */
 #ifdef __GNUC__
-#define FETCH_AHEAD(p) __builtin_prefetch((const char *)(p) + 4096, 0, 2)
+#define FETCH_FAR(p) __builtin_prefetch(p, 0, 2)
 #define FETCH_SOON(p) __builtin_prefetch(p, 0, 3)
 #else
-#define FETCH_AHEAD(p) ((void)0)
+#define FETCH_FAR(p) ((void)0)
 #define FETCH_SOON(p) ((void)0)
 #endif
+enum { AHEAD = 4096 }; /* bytes that a straight walk through memory fetches before it reads them */
+#define FETCH_AHEAD(p) FETCH_FAR((const char *)(p) + AHEAD)
 
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 static inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,7 +1,9 @@
 /* The vector type of the instruction set that a source is being built for: LANES floats, and the few operations
  * that the kernels need. One block for each family; everything above this file is portable C.
  *
- * A "line" is PANEL weights (f32, f16) or PANEL pairs (bf16) of a packed matrix or cache page: VECTORS vectors. */
+ * A "line" is PANEL weights (f32, f16), pairs (bf16) or quads (int8) of a packed matrix or cache page: VECTORS vectors.
+ * line_f16, line_even and line_odd (of pairs) and line_i8 (one byte of each quad) load a vector of it in f32. Bytes come
+ * I8_UNIT times as large: they are moved to the top of their lane, and not back down. */
 #ifndef SIMD_H
 #define SIMD_H
 
@@ -10,6 +12,11 @@
 #include "native.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#define I8_UNIT 0x1p24f
+/* For a shuffle within 16 bytes: one byte of each quad at the top, nothing below. */
+#define NOTHING_AND(at) (int)0x808080 | (int)((uint32_t)(at) << 24)
+#define I8_TO_THE_TOP(byte) \
+    _mm_setr_epi32(NOTHING_AND(byte), NOTHING_AND(4 + (byte)), NOTHING_AND(8 + (byte)), NOTHING_AND(12 + (byte)))
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
@@ -37,10 +44,10 @@ INLINE vec vec_exp2i(vec n) /* 2^n for integral n */
 INLINE vec vec_fraction(vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); } /* x - floor(x) */
 INLINE vec vec_scale2(vec x, vec y) { return _mm512_scalef_ps(x, y); } /* x · 2^floor(y) */
 INLINE vec line_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
-INLINE vec line_i8(const void *p, const int byte) /* one of the four bytes of each unit */
+INLINE vec line_i8(const void *p, const int byte)
 {
-    __m512i line = _mm512_loadu_si512(p);
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * byte), 24));
+    __m512i top = _mm512_broadcast_i32x4(I8_TO_THE_TOP(byte));
+    return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(_mm512_loadu_si512(p), top));
 }
 INLINE vec line_even(const void *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 INLINE vec line_odd(const void *p)
@@ -143,8 +150,8 @@ INLINE vec vec_exp2i(vec n)
 INLINE vec line_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
 INLINE vec line_i8(const void *p, const int byte)
 {
-    __m256i line = _mm256_loadu_si256(p);
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(line, 24 - 8 * byte), 24));
+    __m256i top = _mm256_broadcastsi128_si256(I8_TO_THE_TOP(byte));
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_loadu_si256(p), top));
 }
 INLINE vec line_even(const void *p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(p), 16)); }
 INLINE vec line_odd(const void *p)
@@ -240,7 +247,7 @@ INLINE vec line_i8(const void *p, const int byte)
 {
     int8_t w[4 * LANES];
     memcpy(w, p, sizeof w);
-    EACH((float)w[4 * i + byte]);
+    EACH((float)w[4 * i + byte] * I8_UNIT);
 }
 INLINE vec line_even(const void *p)
 {

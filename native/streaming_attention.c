@@ -79,7 +79,7 @@ static void attend_tile(struct attention_tile *t, const struct scratch *s)
     for (int64_t page = tile_next_page(t, 0); page < end; page = tile_next_page(t, until)) {
         until = (page / RANGE + 1) * RANGE;
         tile_clear_sums(t);
-        tile_attend_blocks(t, page, until, block_pages(t->op));
+        tile_attend_blocks(t, page, until, block_pages(t->op), (struct ahead){t->kv_head, until - page});
         for (int64_t i = 0; i < t->queries; i++)
             merge(t->op, out_of(t, i), &s->total_max[i], &s->total_sum[i], t->out + i * t->width, t->max[i], t->sum[i]);
     }
@@ -129,7 +129,9 @@ static void attend_range(const struct attention_tile *whole, int64_t range, stru
                 tile_load_queries(&t);
                 tile_clear_sums(&t);
             }
-            tile_attend_blocks(&t, first, first + size, size);
+            bool is_last = t.kv_head + 1 == t.op->kv_heads;
+            tile_attend_blocks(&t, first, first + size, size,
+                               is_last ? (struct ahead){0, size} : (struct ahead){t.kv_head + 1, 0});
         }
     }
 }

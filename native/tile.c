@@ -13,7 +13,8 @@ INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t pan
     const int width = columns * VECTORS;
     float *c = p->c + row * p->c_row + panel * PANEL;
     struct tile t = {.a = p->a + row * p->a_row, .a_row = p->a_row, .a_step = line_floats(kind), .b_step = p->b_step,
-                     .b_column = p->b_column, .depth = p->depth};
+                     .b_column = p->b_column, .depth = p->depth, .ahead_step = columns * p->ahead_step,
+                     .ahead_column = p->ahead_step};
     vec acc[ACCUMULATORS];
     if (p->add) {
 #pragma GCC unroll 24
@@ -23,6 +24,7 @@ INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t pan
         tile_clear(acc, rows, columns);
     for (int64_t piece = 0; piece < p->pieces; piece++, t.a += p->depth * line_floats(kind)) {
         t.b = p->b[piece] + panel * p->b_column;
+        t.ahead = p->ahead[piece] + panel * p->depth * p->ahead_step;
         tile_accumulate(acc, &t, rows, columns, kind);
     }
 #pragma GCC unroll 24

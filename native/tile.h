@@ -25,6 +25,8 @@ struct tile {
     const char *b;
     int64_t b_step, b_column;     /* bytes from line to line, from panel to panel */
     int64_t depth;                /* lines */
+    const char *ahead;            /* what few rows fetch meanwhile: lines of something else, as many as B has */
+    int64_t ahead_step, ahead_column;
 };
 
 INLINE enum line line_of(int32_t dtype)
@@ -105,15 +107,15 @@ INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, cons
 #pragma GCC unroll 4
     for (int i = 0; i < (rows + 2) / 3; i++)
         a[i] = t->a + 3 * i * a_row;
-    const char *b = t->b;
-    for (int64_t k = 0; k < t->depth; k++, b += b_step) {
+    const char *b = t->b, *ahead = t->ahead;
+    for (int64_t k = 0; k < t->depth; k++, b += b_step, ahead += t->ahead_step) {
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
             if (part == 0)
 #pragma GCC unroll 24
                 for (int i = 0; i < columns; i++) {
                     if (rows <= WAITING_ROWS)
-                        FETCH_AHEAD(b + i * b_column);
+                        FETCH_FAR(ahead + i * t->ahead_column);
                     else
                         FETCH_SOON(b + LINES_AHEAD * b_step + i * b_column);
                 }
@@ -161,6 +163,8 @@ struct tile_product {
     const char *const *b;           /* [pieces] */
     int64_t pieces, depth;          /* depth of a piece in lines */
     int64_t b_step, b_column;       /* bytes from line to line, from panel to panel */
+    const char *const *ahead;       /* [pieces] what few rows fetch while they meet a piece: as many lines as it has, in */
+    int64_t ahead_step;             /* the order in which its panels are walked; bytes from one to the next */
     float *c;
     int64_t c_row;
     bool add;

@@ -262,6 +262,15 @@ def who_has_what(rng: random.Random, held_out: bool) -> Turns:
     return _exchange(opening) + _asked(rng, held_out, rest)
 
 
+def owners(rng: random.Random, held_out: bool) -> Turns:
+    """Several people own several things; every question is for the owner of one, which stands before the thing."""
+    owned = _owned(rng, held_out, rng.randint(2, 5))
+    questions = [QA(f"Who has the {thing}?", f"{name} has the {thing}.", "who has what") for name, _, thing in owned]
+    first, *rest = rng.sample(questions, len(questions))
+    opening = QA(f"{_statements(owned)} {first.question}", first.answer, first.category)
+    return _exchange(opening) + _asked(rng, held_out, rest)
+
+
 def quiz_round(rng: random.Random, held_out: bool) -> Turns:
     """Several small questions in a row, with a greeting or something unknown among them."""
     turns: Turns = []
@@ -279,11 +288,12 @@ CHAT_KINDS: tuple[tuple[ChatKind, float], ...] = (
     (said_again, 0.2),
     (quiz_round, 0.15),
 )
+PRACTICE: tuple[tuple[ChatKind, float], ...] = ((owners, 0.5),)  # what is hardest to learn, in training alone
 
 
 def make_chat(rng: random.Random, held_out: bool = False) -> Turns:
     """A chat of one kind, sometimes opened by a greeting, and rarely two kinds in a row."""
-    kinds, weights = zip(*CHAT_KINDS, strict=True)
+    kinds, weights = zip(*(CHAT_KINDS if held_out else CHAT_KINDS + PRACTICE), strict=True)
     turns: Turns = []
     if rng.random() < 0.15:
         turns.append(Turn("system", rng.choice(SYSTEM_PROMPTS)))
