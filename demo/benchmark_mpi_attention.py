@@ -29,9 +29,9 @@ from demo.program import check_kinds, check_output, find_mpiexec, listed, run_pr
 from demo.timing import enough_rounds
 from engine.abi import FLOAT32
 from engine.attention_choice import ATTENTION_KINDS
-from engine.comm import Comm, open_comm
 from engine.device import Device, open_device
 from engine.machine import available_cores
+from engine.ranks.comm import Comm, open_comm
 
 NAME = "demo.benchmark_mpi_attention"
 PATIENCE = 5.0  # seconds for all rounds of a point

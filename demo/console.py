@@ -37,7 +37,7 @@ def open_streams() -> None:
 def enter_ranks() -> None:
     """Started by mpiexec, rank 0 goes on; every other rank follows it to its end, and exits."""
     if "mpi4py" in sys.modules or {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys():
-        from engine.ranks import enter
+        from engine.ranks.followers import enter
 
         enter()
 

@@ -14,8 +14,8 @@ from typing import Any
 from demo.options import OptionError, given
 from demo.program import attention_arguments
 from engine import LLM
-from engine.comm import open_comm
 from engine.device.cpu import available_isas
+from engine.ranks.comm import open_comm
 
 MPI = "mpi"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from engine.cost import Cost, Forecast, Link, PhaseCost, Turn
+from engine.ranks.cost import Cost, Forecast, Link, PhaseCost, Turn
 
 TOKEN = {"prefill": "token of a prompt", "decode": "token"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from demo.options import OptionError
 from engine.config import load_config
-from engine.model_files import local_path
+from engine.files.model_files import local_path
 from engine.text.tokenizer import load_tokenizer
 
 

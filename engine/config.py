@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RillError
-from engine.json_file import Fields, brief, parse_object, read_bytes
+from engine.files.json_file import Fields, brief, parse_object, read_bytes
+from engine.files.stored_quants import QUANT_METHOD
 from engine.rope import RopeConfig, parse_rope
-from engine.stored_quants import QUANT_METHOD
 
 MAX_CONFIG_BYTES = 4 << 20  # real ones have a few kilobytes
 

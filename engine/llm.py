@@ -18,7 +18,7 @@ from engine.errors import UsageError
 from engine.loading import Options, load, open_runner
 from engine.profile import Profile
 from engine.quantised import format_of
-from engine.ranks import enter, lead
+from engine.ranks.followers import enter, lead
 from engine.request import Completion, Request
 from engine.runner import check_kv_dtype
 from engine.sampler import SamplingParams
@@ -174,7 +174,7 @@ class LLM:
         """Times every node of the steps that are begun meanwhile; keep_trace: for Profile.write_trace, too. With ranks,
         Profile.cost is there at the end."""
         if self.runner.comm:
-            from engine.rank_profile import profile_ranks
+            from engine.ranks.rank_profile import profile_ranks
 
             with profile_ranks(self.runner, keep_trace) as shared:
                 yield shared

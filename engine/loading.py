@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from engine.attention_choice import AttentionChoice, choose_attention
-from engine.comm import Comm
 from engine.device import Device, Progress, open_device
 from engine.errors import RillError, UsageError
-from engine.open_model import ModelFiles, open_model
+from engine.files.open_model import ModelFiles, open_model
+from engine.ranks.comm import Comm
+from engine.ranks.split import share_ranks
+from engine.ranks.stages import open_stages
 from engine.runner import Runner
-from engine.split import share_ranks
-from engine.stages import open_stages
 from engine.version import __version__
 
 T = TypeVar("T")

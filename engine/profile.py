@@ -14,8 +14,8 @@ from engine.abi import struct_dtype
 from engine.work import Limits, PlanWork, Work, spans_of
 
 if TYPE_CHECKING:
-    from engine.cost import Cost
     from engine.device import Program
+    from engine.ranks.cost import Cost
     from engine.runner import Runner
 
 TIMES = struct_dtype("node_times")  # nanoseconds of the clock that time.perf_counter_ns reads

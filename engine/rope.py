@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from engine.json_file import Fields
+from engine.files.json_file import Fields
 
 Frequencies = npt.NDArray[np.float64]
 

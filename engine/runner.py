@@ -11,18 +11,18 @@ import numpy as np
 from engine import machine
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
 from engine.attention_choice import AttentionChoice
-from engine.checkpoint import Checkpoint
-from engine.comm import BEAT, CLOSE, SEARCH, STEP, Comm
 from engine.config import ModelConfig
 from engine.device import Cancelled, Device, NotFiniteError, Progress, TokenError
 from engine.errors import RillError, UsageError
+from engine.files.checkpoint import Checkpoint
 from engine.kvcache import KVCache, cache_tensors, group_layers, pages_of
 from engine.model.decoder import Decoder
 from engine.ops.kv_store import Pages
 from engine.ops.sample import Sample
 from engine.plan import Plan, Tensor, label_of
-from engine.segments import Segments
-from engine.split import ALL_LAYERS, WHOLE
+from engine.ranks.comm import BEAT, CLOSE, SEARCH, STEP, Comm
+from engine.ranks.segments import Segments
+from engine.ranks.split import ALL_LAYERS, WHOLE
 from engine.step import LOGIT_ROWS, Sampled, Segment, Step, Want, pieces
 
 MAX_ROWS = 512  # of a step: a prompt takes one pass over the weights for so many tokens

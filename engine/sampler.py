@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.abi import constants
 from engine.errors import RillError, UsageError
-from engine.json_file import Fields, brief
+from engine.files.json_file import Fields, brief
 
 ASKED, GENERATION_CONFIG, DEFAULT = "asked for", "generation_config.json", "default"
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from engine import abi
-from engine.cuda_launches import Launch
+from engine.cuda.launches import Launch
 from engine.device.cuda import CUDADevice
 
 ROOT = Path(__file__).parent.parent

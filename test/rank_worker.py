@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from engine import LLM, SamplingParams
-from engine.ranks import enter
+from engine.ranks.followers import enter
+from engine.ranks.segments import Segments
 from engine.runner import Runner
-from engine.segments import Segments
 
 
 def main(jobs: str, results: str, pids: str, fault: str = "") -> None:
@@ -71,7 +71,7 @@ def raise_in_a_step() -> None:
 
 
 def raise_in_a_plan() -> None:
-    from engine.comm import Comm
+    from engine.ranks.comm import Comm
 
     all_reduce, calls = Comm.all_reduce, iter(range(30))
 
@@ -84,7 +84,7 @@ def raise_in_a_plan() -> None:
 
 
 def raise_in_a_stage() -> None:
-    from engine.stages import Stages
+    from engine.ranks.stages import Stages
 
     def raising(self: Stages, x: np.ndarray, pending: np.ndarray) -> None:
         raise RuntimeError("on purpose")

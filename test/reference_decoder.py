@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from harness import softmax
 
-from engine.checkpoint import Checkpoint
+from engine.files.checkpoint import Checkpoint
 
 
 class ReferenceDecoder:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine.errors import RillError
-from engine.model_files import INDEX_FILE
+from engine.files.model_files import INDEX_FILE
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from small_checkpoints import refusal
 
 from engine.errors import RillError
-from engine.gguf import MAX_HEADER_BYTES, extent, read_gguf
-from engine.gguf_blocks import BLOCKS
-from engine.open_model import open_model
+from engine.files.gguf import MAX_HEADER_BYTES, extent, read_gguf
+from engine.files.gguf_blocks import BLOCKS
+from engine.files.open_model import open_model
 
 U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
 

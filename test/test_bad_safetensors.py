@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_checkpoints import DTYPES, frame, index_of, make, pack, refusal, sample
 
-import engine.checkpoint
-from engine.checkpoint import MAX_HEADER_BYTES, Checkpoint, read_header
+import engine.files.checkpoint
 from engine.errors import RillError
-from engine.model_files import INDEX_FILE
+from engine.files.checkpoint import MAX_HEADER_BYTES, Checkpoint, read_header
+from engine.files.model_files import INDEX_FILE
 
 
 def entry(**changes: object) -> dict[str, object]:
@@ -119,7 +119,7 @@ def test_no_tensor_reaches_outside_a_file_replaced_after_validation(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path, {"model.safetensors": BAD_SAFETENSORS[case]})
-    monkeypatch.setattr(engine.checkpoint, "_validate", lambda file: None)
+    monkeypatch.setattr(engine.files.checkpoint, "_validate", lambda file: None)
     refusal(partial(Checkpoint, tmp_path), tmp_path / "model.safetensors")
 
 

@@ -21,8 +21,8 @@ from demo.timed_model import TimedModel, Trial
 from demo.timing import enough_rounds, interleaved, medians
 from engine import LLM, Timings
 from engine.abi import BFLOAT16
-from engine.checkpoint import read_header
 from engine.device.cpu import available_isas
+from engine.files.checkpoint import read_header
 from engine.verify import LOGIT_BOUND
 from engine.work import Limits, PlanWork
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from small_checkpoints import DTYPES, equal, frame, make, make_sharded, pack, refusal, sample
 
-from engine.checkpoint import Checkpoint
-from engine.model_files import INDEX_FILE
+from engine.files.checkpoint import Checkpoint
+from engine.files.model_files import INDEX_FILE
 
 
 @pytest.fixture

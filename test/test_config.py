@@ -23,7 +23,7 @@ from engine.config import (
     parse_config,
 )
 from engine.errors import RillError
-from engine.json_file import Fields
+from engine.files.json_file import Fields
 
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,

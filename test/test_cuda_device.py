@@ -17,8 +17,9 @@ from emulated_cuda import EmulatedDriver, emulated_devices, library
 from harness import normal
 from test_sample import every_request, requests, run
 
-from engine import LLM, SamplingParams, abi, cuda_driver
-from engine.cuda_launches import Launch
+from engine import LLM, SamplingParams, abi
+from engine.cuda import driver as cuda_driver
+from engine.cuda.launches import Launch
 from engine.device import NotFiniteError, TokenError, cuda, open_device
 from engine.device.cuda import CUDADevice
 from engine.device.numpy import NumPyDevice
@@ -98,7 +99,7 @@ class RecordingDriver(EmulatedDriver):
 @needs_emulation
 def test_a_recorded_step_serves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = RecordingDriver()
-    monkeypatch.setattr(cuda_driver, "open_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "open_driver", lambda: driver)
     tokens = []
     for device in ("cpu", "cuda"):
         with LLM(TINY, device=device, max_seq_len=64) as llm:

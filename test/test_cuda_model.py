@@ -10,7 +10,8 @@ import pytest
 from emulated_cuda import emulated_devices
 from test_golden import LOGIT_TOLERANCE, golden
 
-from engine import LLM, SamplingParams, cuda_driver
+from engine import LLM, SamplingParams
+from engine.device import cuda
 from engine.device.cuda import CUDADevice
 from engine.verify import verify
 from tools.golden_cases import CASES, SLIDING_CASES, GoldenCase
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not emulated_devices(), reason="no C++ compiler 
 def emulated(monkeypatch: pytest.MonkeyPatch) -> CUDADevice:
     """device="cuda" opens the emulation."""
     device = emulated_devices()[0]
-    monkeypatch.setattr(cuda_driver, "open_driver", lambda: device.driver)
+    monkeypatch.setattr(cuda, "open_driver", lambda: device.driver)
     return device
 
 

@@ -15,14 +15,14 @@ from small_checkpoints import equal, refusal
 from small_tokenizers import CHATML, LLAMA2_CHAT, llama3, qwen, sentencepiece, write
 
 from engine import LLM, SamplingParams
-from engine.checkpoint import StoredTensor
 from engine.config import load_config
 from engine.errors import UsageError
-from engine.gguf import read_gguf
-from engine.gguf_blocks import BLOCKS
-from engine.gguf_checkpoint import BlockTensor
-from engine.gguf_config import read_config
-from engine.open_model import open_model
+from engine.files.checkpoint import StoredTensor
+from engine.files.gguf import read_gguf
+from engine.files.gguf_blocks import BLOCKS
+from engine.files.gguf_checkpoint import BlockTensor
+from engine.files.gguf_config import read_config
+from engine.files.open_model import open_model
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from tools.golden_cases import CASES, LLAMA, QWEN2, QWEN3, SCALES, TIED, UNTIED, GoldenCase, old_style, sizes
 from tools.make_gguf import FIXTURE_TYPES, FIXTURES, gguf_names, is_paired, paired, write_fixture_model, write_gguf
@@ -83,7 +83,7 @@ def test_rows_of_heads_come_apart_wherever_a_slice_begins(dtype: str, tmp_path: 
 def test_reading_goes_slice_by_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = stored_as("Q4_0", 40, 64, tmp_path / "file")
     whole = BlockTensor(stored, BLOCKS["Q4_0"], "F32", head_dim=4).read()
-    monkeypatch.setattr("engine.gguf_checkpoint.SLICE_BYTES", 4 * 64 * 6)  # six rows, so two heads at a time
+    monkeypatch.setattr("engine.files.gguf_checkpoint.SLICE_BYTES", 4 * 64 * 6)  # six rows, so two heads at a time
     asked: list[tuple[int, int]] = []
     read = StoredTensor.row_bytes
 

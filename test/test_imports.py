@@ -19,7 +19,7 @@ Graph = Mapping[str, set[str]]  # module -> what it imports, by absolute names
 
 DEVICES = {f"engine.device.{path.stem}" for path in (ROOT / "engine" / "device").glob("[!_]*.py")}
 ABOVE_THE_MODEL = {
-    "engine", *(f"engine.{name}" for name in "kvcache llm loading ranks request runner scheduler verify".split())
+    "engine", *(f"engine.{name}" for name in "kvcache llm loading ranks.followers request runner scheduler verify".split())
 }  # fmt: skip
 ROOMS = {"demo", "tools", "engine.model", "engine.ops"} | ABOVE_THE_MODEL
 
@@ -35,9 +35,9 @@ NEVER = {
 # Package -> the only modules that import it.
 ONLY = {
     "cffi": {"engine.abi"},
-    "pycuda": {"engine.cuda_driver"},
-    "mpi4py": {"engine.comm"},
-    "huggingface_hub": {"engine.model_files"},
+    "pycuda": {"engine.cuda.driver"},
+    "mpi4py": {"engine.ranks.comm"},
+    "huggingface_hub": {"engine.files.model_files"},
     "torch": {"tools"},
     "transformers": {"tools"},
 }

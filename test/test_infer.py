@@ -26,7 +26,7 @@ from demo import console
 from demo.infer import main
 from demo.options import OptionError, as_option, parse, template_variables
 from engine import machine, verify
-from engine.checkpoint import read_header
+from engine.files.checkpoint import read_header
 from tools.random_model import preset_config, write_model
 
 ROOT = Path(__file__).parent.parent

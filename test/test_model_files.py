@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from small_checkpoints import equal, index_of, make, make_sharded, pack, refusal, sample
 
-from engine.checkpoint import Checkpoint
 from engine.errors import RillError, UsageError
-from engine.model_files import INDEX_FILE, local_path
+from engine.files.checkpoint import Checkpoint
+from engine.files.model_files import INDEX_FILE, local_path
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import engine.layer
 from demo import infer
 from engine import LLM
-from engine.packed_cache import cache_directory, cache_name
+from engine.files.packed_cache import cache_directory, cache_name
 
 IDS = [1, 7, 3, 9]
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine import LLM, RillError
-from engine.checkpoint import Checkpoint
+from engine.files.checkpoint import Checkpoint
 from tools import quantize
 
 IDS = [1, 7, 3, 9, 30]

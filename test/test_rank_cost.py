@@ -14,7 +14,7 @@ from test_ranks import ROOT, finish, spawn, start
 from test_ranks import pytestmark as needs_mpiexec
 
 from demo.rank_cost import lines
-from engine.cost import Cost, Link, PhaseCost, Turn
+from engine.ranks.cost import Cost, Link, PhaseCost, Turn
 
 MODEL = ROOT / "models" / "tiny-qwen3"
 LAYERS, HIDDEN, HEADS, VOCAB = 4, 256, 8 * 48, 1536
@@ -238,7 +238,7 @@ def test_one_process_knows_nothing_of_it() -> None:
     source = (
         "import sys; from engine import LLM, SamplingParams; llm = LLM(sys.argv[1])\n"
         "with llm.profile() as profile: llm.generate([1], SamplingParams(max_tokens=2))\n"
-        "print(profile.cost, {'mpi4py', 'engine.cost', 'engine.rank_profile'} & set(sys.modules))"
+        "print(profile.cost, {'mpi4py', 'engine.ranks.cost', 'engine.ranks.rank_profile'} & set(sys.modules))"
     )
     status, out, err = finish(spawn([sys.executable, "-c", source, str(MODEL)]))
     assert (status, out) == (0, "None set()\n"), err

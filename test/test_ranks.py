@@ -19,11 +19,11 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.abi import INT4
 from engine.errors import UsageError
+from engine.files.packed_cache import cache_name
 from engine.layer import matrix
 from engine.machine import available_cores
-from engine.packed_cache import cache_name
 from engine.quantised import Format, quantise
-from engine.split import Columns, Rows, Split, rows_of
+from engine.ranks.split import Columns, Rows, Split, rows_of
 from engine.verify import LOGIT_BOUND
 from tools.combinations import methods_here
 from tools.golden_cases import CASES, SLIDING_CASES
@@ -357,9 +357,9 @@ STOPPING = """
 import sys, time
 from pathlib import Path
 from engine import LLM, SamplingParams
-from engine.comm import open_comm
-from engine.segments import Segments
-from engine.stages import Stages
+from engine.ranks.comm import open_comm
+from engine.ranks.segments import Segments
+from engine.ranks.stages import Stages
 
 look, pass_on = Segments._look, Stages.pass_on
 def slow(self, index):
@@ -557,7 +557,7 @@ def test_parts_are_kept_apart_in_the_cache_directory() -> None:
 
 
 def test_sources_are_cut_as_arrays_are() -> None:
-    from engine.checkpoint import Checkpoint
+    from engine.files.checkpoint import Checkpoint
 
     tensor = Checkpoint(ROOT / "models" / "tiny-qwen3").take("model.layers.0.mlp.down_proj.weight", (256, 512))
     whole = tensor.read()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import RillError
-from engine.json_file import Fields
+from engine.files.json_file import Fields
 from engine.rope import RopeConfig, parse_rope
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -14,7 +14,7 @@ from test_ranks import ROOT, Run, alone, finish, start
 from engine import LLM
 from engine.errors import UsageError
 from engine.plan import nbytes
-from engine.split import Stage, share_ranks
+from engine.ranks.split import Stage, share_ranks
 from engine.step import Segment, pieces
 from engine.verify import LOGIT_BOUND
 from tools.golden_cases import DEFAULT, LLAMA, QWEN3, TIED, UNTIED, GoldenCase, new_style, old_style, sizes
@@ -104,7 +104,7 @@ import sys, time
 import numpy as np
 from pathlib import Path
 from engine import LLM, SamplingParams
-from engine.comm import open_comm
+from engine.ranks.comm import open_comm
 from engine.runner import Runner
 
 take_part, times = Runner._take_part, []

@@ -288,12 +288,11 @@ CHAT_KINDS: tuple[tuple[ChatKind, float], ...] = (
     (said_again, 0.2),
     (quiz_round, 0.15),
 )
-PRACTICE: tuple[tuple[ChatKind, float], ...] = ((owners, 0.5),)  # what is hardest to learn, in training alone
 
 
 def make_chat(rng: random.Random, held_out: bool = False) -> Turns:
     """A chat of one kind, sometimes opened by a greeting, and rarely two kinds in a row."""
-    kinds, weights = zip(*(CHAT_KINDS if held_out else CHAT_KINDS + PRACTICE), strict=True)
+    kinds, weights = zip(*CHAT_KINDS, strict=True)
     turns: Turns = []
     if rng.random() < 0.15:
         turns.append(Turn("system", rng.choice(SYSTEM_PROMPTS)))

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig, load_config
+from engine.files.checkpoint import Checkpoint
 from tools.random_weights import Config, Scales, random_tensors, write_json, write_safetensors
 
 FIXTURES = Path(__file__).resolve().parent.parent / "test" / "gguf"

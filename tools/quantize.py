@@ -3,7 +3,7 @@
     python -m tools.quantize MODEL OUT --dtype int4
 
 MODEL is a checkpoint in Hugging Face format, OUT a directory that does not exist yet. Matrices become integers with a
-scale for each group of inputs (engine/stored_quants.py has the format), embedding and logits at least in 8 bits;
+scale for each group of inputs (engine/files/stored_quants.py has the format), embedding and logits at least in 8 bits;
 everything else stays.
 """
 
@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 
 from engine import RillError, UsageError
 from engine.abi import INT4
-from engine.checkpoint import Checkpoint, Readable
 from engine.config import MAX_CONFIG_BYTES
-from engine.json_file import parse_object, read_bytes
+from engine.files.checkpoint import Checkpoint, Readable
+from engine.files.json_file import parse_object, read_bytes
+from engine.files.stored_quants import QUANT_METHOD, pack_pairs, stored_names
 from engine.quantised import Format, format_of, quantise, stack
-from engine.stored_quants import QUANT_METHOD, pack_pairs, stored_names
 
 SLICE = 1 << 20  # weights that are quantised at once
 SHARD = 1 << 30  # bytes of a file, or a tensor more

@@ -14,7 +14,7 @@ import numpy as np
 from engine import abi, machine
 from engine.device import Cancelled, Device, NotFiniteError, Program, Progress, TokenError
 from engine.errors import RillError, UsageError
-from engine.packed_cache import cache_name, read_cached, write_cached
+from engine.files.packed_cache import cache_name, read_cached, write_cached
 from engine.pages import pack_cache, unpack_cache
 
 if TYPE_CHECKING:

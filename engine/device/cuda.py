@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine import abi, cuda_driver, cuda_launches
-from engine.cuda_launches import Launch, row_bytes
+from engine import abi
+from engine.cuda import launches
+from engine.cuda.device_array import Allocation, DeviceArray
+from engine.cuda.driver import open_driver
+from engine.cuda.launches import Launch, row_bytes
 from engine.device import Cancelled, Device, Program, Progress
 from engine.device.cpu import failure
-from engine.device_array import Allocation, DeviceArray
 from engine.errors import RillError, UsageError
 from engine.int8 import Int8Array, dequantise, quantise
 
 if TYPE_CHECKING:
-    from engine.cuda_driver import Driver
+    from engine.cuda.driver import Driver
     from engine.layer import Weight
     from engine.plan import Node, Plan, Tensor
 
@@ -29,7 +31,7 @@ UINT8 = np.dtype(np.uint8)
 def open(isa: str, threads: int | None, sharing: int = 1) -> CUDADevice:
     if isa != "auto":
         raise UsageError(f"isa {isa!r}: the cuda device has none to choose")
-    return CUDADevice(cuda_driver.open_driver())
+    return CUDADevice(open_driver())
 
 
 class Mirror:
@@ -170,13 +172,13 @@ class CUDADevice(Device):
         """Bytes a second that are read from its memory: the limit of decoding. Measured now, the best of a few."""
         memory = self._array((min(size, self.driver.free_memory() // 2),), UINT8)
         self.driver.fill(memory.address, 0x5A, memory.nbytes)
-        launch = cuda_launches.read_memory(memory.nbytes // 16)
+        launch = launches.read_memory(memory.nbytes // 16)
         return memory.nbytes / self._least_seconds(launch, [memory.address, memory.nbytes // 16, 0])
 
     def multiply_limit(self, dtype: np.dtype, rounds: int = 20_000) -> float:
         """Floating-point operations a second of products with weights or a cache of that dtype: bf16 by tensor cores,
         everything else by multiply-adds. Measured now, the best of a few."""
-        launch, operations = cuda_launches.multiply("bf16" if dtype == abi.BFLOAT16 else "f32")
+        launch, operations = launches.multiply("bf16" if dtype == abi.BFLOAT16 else "f32")
         return operations * rounds / self._least_seconds(launch, [0, 0, rounds])
 
     def _least_seconds(self, launch: Launch, numbers: list[int]) -> float:
@@ -195,7 +197,7 @@ class CUDADevice(Device):
     # Replay.
 
     def runs(self, op_name: str) -> bool:
-        return hasattr(cuda_launches, op_name)
+        return hasattr(launches, op_name)
 
     def lower(self, plan: Plan) -> Program:
         return CUDAProgram(self, plan)
@@ -221,13 +223,13 @@ class CUDAProgram(Program):
         """The most that any launch needs: of all rows, or of as many as are still cut into ranges."""
         most = 0
         for i, node in enumerate(self.nodes):
-            for rows in {max_rows(node), min(max_rows(node), int(cuda_launches.n.SPLIT_ROWS))}:
+            for rows in {max_rows(node), min(max_rows(node), int(launches.n.SPLIT_ROWS))}:
                 most = max(most, *(launch.share * launch.shares for launch in self._launches(i, rows)))
         return most
 
     def _launches(self, index: int, rows: int) -> list[Launch]:
-        launches: list[Launch] = getattr(cuda_launches, self.nodes[index].op.name)(self.structs[index], rows)
-        return launches
+        found: list[Launch] = getattr(launches, self.nodes[index].op.name)(self.structs[index], rows)
+        return found
 
     def _bind(self, index: int, rows: int) -> list[Callable[[], None]]:
         """The launches of a node, ready to be called."""

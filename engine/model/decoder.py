@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.attention_choice import AttentionChoice
-from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.device import Device
+from engine.files.checkpoint import Checkpoint
 from engine.layer import Layer
 from engine.ops.add_rmsnorm import AddRMSNorm
 from engine.ops.all_gather import AllGather
@@ -26,7 +26,7 @@ from engine.ops.rope_angles import RoPEAngles
 from engine.ops.send import Send
 from engine.ops.swiglu import SwiGLU
 from engine.plan import Tensor
-from engine.split import ALL_LAYERS, WHOLE, Split, Stage
+from engine.ranks.split import ALL_LAYERS, WHOLE, Split, Stage
 from engine.step import Step
 
 

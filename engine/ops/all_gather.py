@@ -5,7 +5,7 @@ import numpy as np
 from engine.device import Device
 from engine.layer import Layer
 from engine.plan import Tensor, op
-from engine.split import WHOLE, Split
+from engine.ranks.split import WHOLE, Split
 
 
 @op("out", collective=True)

@@ -6,7 +6,7 @@ from engine.device import Device, TokenError
 from engine.layer import Layer, Source, matrix
 from engine.ops.all_reduce import AllReduce
 from engine.plan import Tensor, op
-from engine.split import WHOLE, Split
+from engine.ranks.split import WHOLE, Split
 
 
 @op("out")

@@ -7,7 +7,7 @@ from engine.layer import Layer, Weight
 from engine.ops.gather import Gather
 from engine.ops.matmul import multiply
 from engine.plan import Tensor, op
-from engine.split import WHOLE, Split
+from engine.ranks.split import WHOLE, Split
 
 
 @op("out")

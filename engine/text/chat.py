@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import RillError, UsageError
-from engine.json_file import parse_object, read_bytes
+from engine.files.json_file import parse_object, read_bytes
 
 if TYPE_CHECKING:
     from jinja2 import Template

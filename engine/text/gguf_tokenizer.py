@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import RillError
-from engine.json_file import Fields, brief
+from engine.files.json_file import Fields, brief
 from engine.text.chat import MAX_TEMPLATE_BYTES, ChatTemplate
 from engine.text.json_vocab import JsonVocab
 from engine.text.sentencepiece_vocab import SentencePieceVocab

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RillError, UsageError
-from engine.json_file import Fields, parse_object, read_bytes
+from engine.files.json_file import Fields, parse_object, read_bytes
 from engine.text.chat import ChatTemplate, Mask, check_messages, read_chat_template
 from engine.text.detokenizer import TextStream
 from engine.text.json_vocab import JsonVocab

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint import StoredTensor, read_into, signature
 from engine.errors import RillError
-from engine.gguf_blocks import OTHERS, TYPES
-from engine.json_file import brief
+from engine.files.checkpoint import StoredTensor, read_into, signature
+from engine.files.gguf_blocks import OTHERS, TYPES
+from engine.files.json_file import brief
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig, load_config, load_generation_config
 from engine.errors import RillError
-from engine.gguf import is_gguf, read_gguf
-from engine.gguf_checkpoint import OTHER, GGUFCheckpoint
-from engine.gguf_config import ROPE_FACTORS, is_paired, read_config, read_generation_config, with_rope_factors
-from engine.model_files import local_path
+from engine.files.checkpoint import Checkpoint
+from engine.files.gguf import is_gguf, read_gguf
+from engine.files.gguf_checkpoint import OTHER, GGUFCheckpoint
+from engine.files.gguf_config import ROPE_FACTORS, is_paired, read_config, read_generation_config, with_rope_factors
+from engine.files.model_files import local_path
 from engine.text.gguf_tokenizer import gguf_tokenizer
 from engine.text.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.comm import ALIVE, Comm
 from engine.device import Cancelled, TokenError
-from engine.split import Split, Stage
+from engine.ranks.comm import ALIVE, Comm
+from engine.ranks.split import Split, Stage
 
 ROWS, STOPPED, BAD_TOKEN = range(3)  # the tag of a message from stage to stage
 STOP = ALIVE + 1  # the tag of a note: steps up to this number are to stop

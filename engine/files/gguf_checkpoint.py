@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.checkpoint import STORED_DTYPES, Checkpoint, Readable, StoredTensor
 from engine.errors import RillError
-from engine.gguf import GGUFFile
-from engine.gguf_blocks import BLOCKS, BlockType
+from engine.files.checkpoint import STORED_DTYPES, Checkpoint, Readable, StoredTensor
+from engine.files.gguf import GGUFFile
+from engine.files.gguf_blocks import BLOCKS, BlockType
 from engine.quantised import Format, QuantisedMatrix
 
 OTHER = "gguf:"  # what the names of other tensors begin with

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine import abi
-from engine.cuda_launches import Launch
-from engine.device_array import Memory
+from engine.cuda.device_array import Memory
+from engine.cuda.launches import Launch
 from engine.errors import RillError
 
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from engine.errors import RillError
-from engine.json_file import brief, one_line, parse_object
-from engine.model_files import find_weights, local_path, read_index
-from engine.stored_quants import find_quantised, stored_names
+from engine.files.json_file import brief, one_line, parse_object
+from engine.files.model_files import find_weights, local_path, read_index
+from engine.files.stored_quants import find_quantised, stored_names
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 

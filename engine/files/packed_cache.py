@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from engine.layer import Weight
-from engine.split import Part
+from engine.ranks.split import Part
 
 LAYOUT = 2  # to be raised whenever packed matrices or quantisation change
 STEP = 64 << 20  # bytes read at once

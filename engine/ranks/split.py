@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint import StoredTensor
 from engine.errors import UsageError
+from engine.files.checkpoint import StoredTensor
 from engine.quantised import Format, QuantisedMatrix
 
 MOST_RANKS = 1024  # that an error message tries out

@@ -25,7 +25,7 @@ import numpy as np
 
 from engine.errors import RillError, UsageError
 from engine.machine import available_cores
-from engine.split import Split, Stage
+from engine.ranks.split import Split, Stage
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how MPICH's and Open MPI's tell a process how many there are
 END, OPEN, STEP, BEAT, CLOSE, PROFILE, SEARCH = range(7)  # what rank 0 commands (ranks.py)

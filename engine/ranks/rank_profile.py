@@ -1,4 +1,4 @@
-"""Profiles of all ranks at once, and what the cost of a step is made of: engine/cost.py says what is what."""
+"""Profiles of all ranks at once, and what the cost of a step is made of: engine/ranks/cost.py says what is what."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from zlib import crc32
 
 import numpy as np
 
-from engine.comm import PROFILE, Comm
-from engine.cost import Cost, Link, PhaseCost
 from engine.errors import UsageError
 from engine.machine import available_cores
 from engine.plan import Node
 from engine.profile import Profile, ProfiledStep, Replay, event, process_name, thread_name
-from engine.split import Split
+from engine.ranks.comm import PROFILE, Comm
+from engine.ranks.cost import Cost, Link, PhaseCost
+from engine.ranks.split import Split
 
 if TYPE_CHECKING:
     from engine.device import Program

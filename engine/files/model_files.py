@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from engine.errors import RillError, UsageError
-from engine.json_file import brief, one_line, parse_object, read_bytes
+from engine.files.json_file import brief, one_line, parse_object, read_bytes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

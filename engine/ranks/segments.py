@@ -12,9 +12,9 @@ from functools import cache
 
 import numpy as np
 
-from engine.comm import Comm
 from engine.device import Cancelled, Program
 from engine.plan import Plan
+from engine.ranks.comm import Comm
 
 LONG_STEP = 16  # rows: such a step looks at each collective whether it is to stop, shorter ones are soon over
 LOOK_UP = 8  # nodes after which a stage looks as well, since it may have no collective for long

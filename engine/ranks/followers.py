@@ -18,10 +18,10 @@ from typing import NoReturn
 
 import numpy as np
 
-from engine.comm import BEAT, CLOSE, END, OPEN, PROFILE, SEARCH, STEP, Comm, open_comm
 from engine.device import Cancelled, TokenError
 from engine.errors import UsageError
 from engine.loading import Options, load, open_runner
+from engine.ranks.comm import BEAT, CLOSE, END, OPEN, PROFILE, SEARCH, STEP, Comm, open_comm
 from engine.runner import Runner
 
 
@@ -86,7 +86,7 @@ def follow(comm: Comm) -> NoReturn:
             elif command == CLOSE:
                 del runners[numbers[0]]
             elif command == PROFILE:
-                from engine.rank_profile import follow_profile
+                from engine.ranks.rank_profile import follow_profile
 
                 follow_profile(runners[numbers[0]], bool(numbers[1]))
     except BaseException as error:

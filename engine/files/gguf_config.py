@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint import Readable
 from engine.config import ModelConfig, find_family, parse_config, parse_generation_config
-from engine.gguf import GGUFFile
-from engine.json_file import Fields, brief
+from engine.files.checkpoint import Readable
+from engine.files.gguf import GGUFFile
+from engine.files.json_file import Fields, brief
 from engine.rope import Frequencies, RopeConfig
 
 PAIRED = frozenset({"llama"})  # architectures whose converters put rows of q and k that are rotated together in pairs

@@ -14,7 +14,7 @@ from engine import abi
 
 def _header() -> str:
     """launch.h: in native/cuda in a checkout, beside the kernels where the package is installed."""
-    checkout = Path(__file__).parent.parent / "native" / "cuda" / "launch.h"
+    checkout = Path(__file__).parents[2] / "native" / "cuda" / "launch.h"
     return (checkout if checkout.exists() else abi.LIBRARIES / "cuda" / "launch.h").read_text("utf-8")
 
 

@@ -1,0 +1,1 @@
+"""What a GPU needs: memory, kernels and how each op launches them."""

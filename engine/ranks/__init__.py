@@ -1,0 +1,1 @@
+"""One model on several processes: what each holds, what they say to each other, and what it costs."""
