@@ -19,8 +19,9 @@ Graph = Mapping[str, set[str]]  # module -> what it imports, by absolute names
 
 DEVICES = {f"engine.device.{path.stem}" for path in (ROOT / "engine" / "device").glob("[!_]*.py")}
 ABOVE_THE_MODEL = {
-    "engine", *(f"engine.{name}" for name in "kvcache llm loading ranks.followers request runner scheduler verify".split())
-}  # fmt: skip
+    "engine",
+    *(f"engine.{name}" for name in "kvcache llm loading ranks.followers request runner scheduler verify".split()),
+}
 ROOMS = {"demo", "tools", "engine.model", "engine.ops"} | ABOVE_THE_MODEL
 
 # Room -> what no module of it may reach, be it through others. "engine.*" is all of engine that is no room.
