@@ -19,10 +19,11 @@ enum {
     QUADS = 4   /* from here on quads of bytes */
 };
 
-static int64_t record_words(int64_t group) { return QUADS + group / 4 * QUAD_WORDS; }
+static int64_t quad_words(int32_t dtype) { return QUAD_WORDS(quant_bits(dtype)); }
+static int64_t record_words(int32_t dtype, int64_t group) { return QUADS + group / 4 * quad_words(dtype); }
 static int64_t row_words(int32_t dtype, int64_t group, int64_t k)
 {
-    return quant_blocks(dtype, group, k) * block_groups(dtype) * record_words(group);
+    return quant_blocks(dtype, group, k) * block_groups(dtype) * record_words(dtype, group);
 }
 
 static int64_t inputs_bytes(int32_t dtype, int64_t group, int64_t k, int64_t rows)
@@ -49,19 +50,15 @@ int64_t quantised_scratch(int32_t dtype, int64_t group, int64_t k, int64_t rows,
     return bytes;
 }
 
-/* A quad of bytes as the dot takes it: where there is none for bytes, as pairs of 16 bits, the even ones first. */
-static void store_quad(int32_t *words, const int8_t *quad)
+/* A quad of bytes as the dot takes it: in two words, as pairs of 16 bits, the even ones first. */
+INLINE void store_quad(int32_t *words, const int8_t *quad, int64_t count)
 {
-#if QUAD_WORDS == 1
-    memcpy(words, quad, 4);
-#else
     int16_t pairs[4] = {quad[0], quad[2], quad[1], quad[3]};
-    memcpy(words, pairs, sizeof pairs);
-#endif
+    memcpy(words, count == 1 ? (const void *)quad : pairs, (size_t)count * sizeof *words);
 }
 
 /* Rounds `count` inputs of a group, the rest of which is zero. What is not finite makes the scale NaN. */
-static void round_group(const float *x, int64_t count, int64_t group, int32_t zero, int32_t *record)
+static void round_group(const float *x, int64_t count, int64_t group, int32_t dtype, int32_t *record)
 {
     enum { MOST = 256 };
     int8_t bytes[MOST];
@@ -83,20 +80,21 @@ static void round_group(const float *x, int64_t count, int64_t group, int32_t ze
         sum += bytes[i];
     float scale = !finite ? NAN : factor > 0.0f ? largest / 127.0f : 0.0f, scaled = scale * (float)sum;
     memcpy(record + SCALE, &scale, 4);
-    record[START] = -zero * sum;
+    record[START] = -quant_zero(dtype) * sum;
     memcpy(record + SUM, &scaled, 4);
+    int64_t words = quad_words(dtype);
     for (int64_t i = 0; i < group / 4; i++)
-        store_quad(record + QUADS + i * QUAD_WORDS, bytes + i * 4);
+        store_quad(record + QUADS + i * words, bytes + i * 4, words);
 }
 
 static void round_inputs(const struct product *p, struct worker *me, int32_t *packed)
 {
-    int64_t words = row_words(p->dtype, p->group, p->k), record = record_words(p->group), groups = words / record;
+    int64_t words = row_words(p->dtype, p->group, p->k), record = record_words(p->dtype, p->group), groups = words / record;
     struct range share = my_share(me, p->rows * groups);
     for (int64_t i = share.begin; i < share.end; i++) {
         int64_t row = i / groups, first = i % groups * p->group;
         round_group(product_row(p, row) + first, max_i64(0, min_i64(p->group, p->k - first)), p->group,
-                    quant_zero(p->dtype), packed + i * record);
+                    p->dtype, packed + i * record);
     }
 }
 
@@ -134,14 +132,14 @@ INLINE void add_dots(ivec *sums, const int32_t *const *a, int64_t a_row, const c
         }
 #pragma GCC unroll 24
         for (int r = 0; r < rows; r++) {
-            const int32_t *x = a[r / 3] + r % 3 * a_row + QUADS + line * quads * QUAD_WORDS;
+            const int32_t *x = a[r / 3] + r % 3 * a_row + QUADS + line * quads * QUAD_WORDS(bits);
 #pragma GCC unroll 24
             for (int i = 0; i < width; i++) {
                 sums[r * width + i] = ivec_dot(sums[r * width + i], low[i], x);
                 if (quads == 2 && chains)
-                    second[r * width + i] = ivec_dot(second[r * width + i], high[i], x + QUAD_WORDS);
+                    second[r * width + i] = ivec_dot(second[r * width + i], high[i], x + QUAD_WORDS(bits));
                 else if (quads == 2)
-                    sums[r * width + i] = ivec_dot(sums[r * width + i], high[i], x + QUAD_WORDS);
+                    sums[r * width + i] = ivec_dot(sums[r * width + i], high[i], x + QUAD_WORDS(bits));
             }
         }
     }
@@ -151,13 +149,48 @@ INLINE void add_dots(ivec *sums, const int32_t *const *a, int64_t a_row, const c
             sums[i] = ivec_add(sums[i], second[i]);
 }
 
+#ifdef HALF_QUADS
+/* The same of 4 bits, in sums of 16 bits as long as these suffice. */
+INLINE void add_half_dots(ivec *sums, const int32_t *const *a, int64_t a_row, const char *lines, int64_t b_column,
+                          int64_t group, const int rows, const int columns)
+{
+    const int width = columns * VECTORS;
+    for (int64_t quad = 0; quad < group / 4;) {
+        ivec halves[TILE_ROWS * COLUMNS * VECTORS];
+#pragma GCC unroll 24
+        for (int i = 0; i < rows * width; i++)
+            halves[i] = ivec_set(0);
+        int64_t until = min_i64(quad + HALF_QUADS, group / 4);
+#pragma GCC unroll 4
+        for (; quad < until; quad += 2, lines += 64) {
+            if (rows <= WAITING_ROWS)
+                FETCH_AHEAD(lines);
+#pragma GCC unroll 24
+            for (int i = 0; i < width; i++) {
+                ivec both = ivec_load(lines + i / VECTORS * b_column + i % VECTORS * LANES * 4);
+                ivec low = ivec_low_halves(both), high = ivec_high_halves(both);
+#pragma GCC unroll 24
+                for (int r = 0; r < rows; r++) {
+                    const int32_t *x = a[r / 3] + r % 3 * a_row + QUADS + quad;
+                    halves[r * width + i] = ivec_dot_halves(halves[r * width + i], low, x);
+                    halves[r * width + i] = ivec_dot_halves(halves[r * width + i], high, x + 1);
+                }
+            }
+        }
+#pragma GCC unroll 24
+        for (int i = 0; i < rows * width; i++)
+            sums[i] = ivec_add_halves(sums[i], halves[i]);
+    }
+}
+#endif
+
 /* out[first .. first + rows][of `columns` panels] */
 INLINE void multiply_tile(const struct product *p, const void *packed, int64_t first, int64_t panel, const int rows,
                           const int columns, const int32_t dtype)
 {
     const int width = columns * VECTORS, groups = (int)block_groups(dtype), bits = (int)quant_bits(dtype);
     const int64_t b_column = quantised_panel_bytes(dtype, p->group, p->k), bytes = group_bytes(dtype, p->group);
-    const int64_t a_row = row_words(dtype, p->group, p->k), record = record_words(p->group);
+    const int64_t a_row = row_words(dtype, p->group, p->k), record = record_words(dtype, p->group);
     const char *b = p->weight + panel * b_column, *end = b + b_column;
     const int32_t *a[2]; /* rows 0 and 3: three rows to a pointer is what addresses can express */
     vec acc[TILE_ROWS * COLUMNS * VECTORS];
@@ -173,7 +206,13 @@ INLINE void multiply_tile(const struct product *p, const void *packed, int64_t f
 #pragma GCC unroll 24
             for (int i = 0; i < rows * width; i++)
                 sums[i] = ivec_set(a[i / width / 3][i / width % 3 * a_row + START]);
-            add_dots(sums, a, a_row, b + 64 + g * bytes, b_column, p->group, rows, columns, bits);
+            const char *lines = b + 64 + g * bytes;
+#ifdef HALF_QUADS
+            if (bits == 4)
+                add_half_dots(sums, a, a_row, lines, b_column, p->group, rows, columns);
+            else
+#endif
+                add_dots(sums, a, a_row, lines, b_column, p->group, rows, columns, bits);
 #pragma GCC unroll 24
             for (int i = 0; i < width; i++) {
                 const char *head = b + i / VECTORS * b_column + i % VECTORS * LANES * 2;
@@ -270,7 +309,7 @@ static void multiply_by_tiles(const struct product *p, const int32_t *packed, in
 {
     _Alignas(64) int32_t sums[AMX_DOT_ROWS * 2 * PANEL];
     _Alignas(64) float acc[AMX_DOT_ROWS * 2 * PANEL];
-    int64_t a_row = row_words(p->dtype, p->group, p->k), record = record_words(p->group);
+    int64_t a_row = row_words(p->dtype, p->group, p->k), record = record_words(p->dtype, p->group);
     int64_t panel_size = quantised_panel_bytes(p->dtype, p->group, p->k), groups = a_row / record;
     const int32_t *a = packed + first * a_row;
     char *panels = (char *)p->weight + panel * panel_size;

@@ -68,7 +68,7 @@ INLINE void vec_round_bytes(vec x, int8_t *out) /* whole numbers of a byte each,
     _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 #if defined(__AVX512VNNI__)
-#define QUAD_WORDS 1
+#define QUAD_WORDS(bits) ((void)(bits), 1)
 /* acc + the products of the unsigned quads in w with the signed quad at x. Tied to its register as in vec_dot_bf16. */
 INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
 {
@@ -76,12 +76,22 @@ INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
     return acc;
 }
 #else
-#define QUAD_WORDS 2
+#define QUAD_WORDS(bits) ((bits) == 4 ? 1 : 2)
 INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
 {
     __m512i even = _mm512_and_si512(w, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(w, 8);
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(even, _mm512_set1_epi32(x[0])));
     return _mm512_add_epi32(acc, _mm512_madd_epi16(odd, _mm512_set1_epi32(x[1])));
+}
+/* The same of quads of 4 bits at a signed quad of bytes, in sums of 16 bits, two to an output: HALF_QUADS of them fit. */
+#define HALF_QUADS 8
+INLINE ivec ivec_dot_halves(ivec acc, ivec w, const int32_t *x)
+{
+    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, _mm512_set1_epi32(x[0])));
+}
+INLINE ivec ivec_add_halves(ivec acc, ivec halves)
+{
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(halves, _mm512_set1_epi16(1)));
 }
 #endif
 /* The 16 × 16 matrix of 4-byte units at byte `at` of 16 rows, turned: out[i] is column i. */
@@ -159,7 +169,7 @@ INLINE vec line_odd(const void *p)
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(p), _mm256_set1_epi32((int)0xffff0000)));
 }
 typedef __m256i ivec;
-#define QUAD_WORDS 2
+#define QUAD_WORDS(bits) ((bits) == 4 ? 1 : 2)
 INLINE ivec ivec_load(const void *p) { return _mm256_loadu_si256(p); }
 INLINE ivec ivec_set(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE ivec ivec_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
@@ -179,6 +189,16 @@ INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
     __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(even, _mm256_set1_epi32(x[0])));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(odd, _mm256_set1_epi32(x[1])));
+}
+/* The same of quads of 4 bits at a signed quad of bytes, in sums of 16 bits, two to an output: HALF_QUADS of them fit. */
+#define HALF_QUADS 8
+INLINE ivec ivec_dot_halves(ivec acc, ivec w, const int32_t *x)
+{
+    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, _mm256_set1_epi32(x[0])));
+}
+INLINE ivec ivec_add_halves(ivec acc, ivec halves)
+{
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(halves, _mm256_set1_epi16(1)));
 }
 INLINE void transpose_units_8x8(const char *const row[8], int64_t at, uint32_t *out)
 {
@@ -270,7 +290,7 @@ INLINE vec line_odd(const void *p)
     return out;
 }
 typedef struct { uint32_t lane[LANES]; } ivec;
-#define QUAD_WORDS 1
+#define QUAD_WORDS(bits) ((void)(bits), 1)
 #define EACH_WORD(expression) ivec out; for (int i = 0; i < LANES; i++) out.lane[i] = (expression); return out
 INLINE ivec ivec_load(const void *p) { ivec out; memcpy(&out, p, sizeof out); return out; }
 INLINE ivec ivec_set(int32_t x) { EACH_WORD((uint32_t)x); }

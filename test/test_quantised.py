@@ -157,6 +157,19 @@ def test_any_quants(rows: int, outputs: int, inputs: int, dtype: np.dtype, group
         assert np.array_equal(device.download(layer.weight)[:outputs], matrix[:]), device.description
 
 
+@pytest.mark.parametrize("dtype", [INT8, INT4, UINT8, UINT4])
+@pytest.mark.parametrize("group", [16, 32, 256])
+def test_the_largest_dots(dtype: np.dtype, group: int) -> None:
+    """Every quant and every input at its largest: what is summed up in 16 bits meanwhile must hold it."""
+    largest = 15 if dtype in (INT4, UINT4) else 255
+    matrix = random_quants(np.random.default_rng(0), dtype, 20, 2 * group, group)
+    matrix.quants[...] = largest
+    for x in np.ones((2, 2 * group), np.float32), np.full((2, 2 * group), -1, np.float32):
+        exact = product(x, matrix)
+        for device in devices():
+            assert_close(Linear([matrix], device=device).forward(x), exact, LIMIT, device.description)
+
+
 def test_a_row_that_is_not_finite_spoils_only_itself() -> None:
     rng = np.random.default_rng(5)
     x, weight = normal(rng, 9, 130), normal(rng, 40, 130)
