@@ -138,12 +138,6 @@ void tile_clear_sums(struct attention_tile *t)
         t->max[i] = -INFINITY, t->sum[i] = 0.0f;
 }
 
-/* Positions that are read together. */
-static int64_t panel_step(const struct attention_tile *t)
-{
-    return max_i64(PANEL, tile_product_lines(t->kind) * t->inputs);
-}
-
 /* What a strip of queries, from position `first` to `last`, needs of a page: some panels of it, since windows and the
  * diagonal seldom end with a page. What is left out would have added exact zeros. */
 static struct part part_of(const struct attention_tile *t, int64_t place, int64_t first, int64_t last)
@@ -152,7 +146,7 @@ static struct part part_of(const struct attention_tile *t, int64_t place, int64_
     int64_t page = t->page[place], begin = page * PAGE;
     int64_t window = op->window > 0 ? max_i64(0, first - op->window + 1) - begin : 0;
     int64_t sinks = op->sink - begin, from = sinks > 0 ? 0 : max_i64(0, window), to = min_i64(PAGE, last + 1 - begin);
-    int64_t step = panel_step(t);
+    int64_t step = max_i64(PANEL, tile_product_lines(t->kind) * t->inputs);
     if (window >= PAGE)
         to = min_i64(to, sinks);
     return (struct part){.page = page, .place = place, .from = from / step * step, .to = round_up(max_i64(to, 0), step),

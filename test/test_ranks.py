@@ -220,6 +220,32 @@ def test_ranks_that_are_bound_to_cores_of_their_own_say_so() -> None:
         assert "1 threads (one a core) on each of 2 ranks, bound to 1 of" in err
 
 
+COLLECTIVES = """
+import numpy as np
+from engine.ranks.comm import open_comm
+
+comm = open_comm()
+own = np.arange(comm.size, dtype=np.float32)
+for rows in (1, 3, 100, 1500, 100):
+    for turn in range(3):
+        table = np.add.outer(np.arange(rows) % 97, np.arange(1024) % 89).astype(np.float32) + turn
+        x, out = table * (comm.rank + 1), np.empty((rows, comm.size * 1024), np.float32)
+        comm.all_gather(x, out)
+        assert (out.reshape(rows, comm.size, 1024) == table[:, None] * (own[:, None] + 1)).all(), (rows, turn)
+        comm.all_reduce(x)
+        assert (x == table * (own + 1).sum()).all(), (rows, turn)
+assert comm.window is not None
+comm.ended = True
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_collectives_of_any_length(ranks: int) -> None:
+    """Short ones are messages, long ones go by way of shared memory, the longest in several turns."""
+    status, _, err = finish(start(ranks, "-c", COLLECTIVES))
+    assert status == 0, err
+
+
 def test_alone_nothing_of_this_is_there() -> None:
     source = (
         "import sys; from engine import LLM; llm = LLM(sys.argv[1]); llm.generate([1]); "

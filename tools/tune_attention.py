@@ -1,10 +1,11 @@
 """Measures which blocks of keys and which kinds of attention are fastest here, and writes them down.
 
-    make tune        (python -m tools.tune_attention)
+    make tune        (python -m tools.tune_attention > SWEEP.md)
 
 The table, engine/attention_table.json, decides the bits of a row, so it is committed and changes on purpose only.
 For each ISA of this machine, each dtype of the cache and some head_dims it holds the block of keys of flash and of
 streaming attention, and the kind that "auto" takes from which position on. Rows of ISAs that this machine lacks stay.
+Stdout gets what was compared, a row of Markdown for each comparison.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from engine.runner import KV_DTYPES
 HEAD_DIMS = (64, 128)
 POSITIONS = (128, 1024, 8192)  # at which kinds are compared
 PROMPT_ROWS = 512
+Sweep = tuple[str, dict[str, float]]  # what was compared, seconds of each
 CLOSE = 1.03  # a kind that is so little slower is as good: the table stays short
 
 
@@ -50,12 +52,13 @@ def compare(device: Device, dtype: np.dtype, head_dim: int, position: int, candi
     return {c: math.sqrt(p * s) for c, p, s in zip(candidates, prompts, singles, strict=True)}
 
 
-def tune(device: Device, dtype: np.dtype, head_dim: int, rounds: int) -> dict:
-    """One entry of the table."""
-    blocks = {}
+def tune(device: Device, dtype: np.dtype, head_dim: int, rounds: int) -> tuple[dict, list[Sweep]]:
+    """One entry of the table, and what it was chosen from."""
+    blocks, sweeps = {}, []
     for kind in ("flash", "streaming"):
         tried = compare(device, dtype, head_dim, POSITIONS[-1], [(kind, block) for block in KV_BLOCKS], rounds)
         blocks[kind] = min(tried, key=lambda c: tried[c])[1]
+        sweeps.append((f"{kind}, {POSITIONS[-1]}", {str(block): time for (_, block), time in tried.items()}))
     auto: list[list] = []
     for start, position in zip((0, *POSITIONS), POSITIONS, strict=False):
         kinds = [("standard", None), *blocks.items()]
@@ -64,8 +67,8 @@ def tune(device: Device, dtype: np.dtype, head_dim: int, rounds: int) -> dict:
         best = min(seconds, key=lambda kind: seconds[kind])
         if not auto or seconds[auto[-1][1]] > CLOSE * seconds[best]:
             auto.append([start, best])
-        print(f"  to {position}: " + ", ".join(f"{k} {s * 1e6:.0f} µs" for k, s in seconds.items()), file=sys.stderr)
-    return {"kv_block": blocks, "auto": auto}
+        sweeps.append((f"kinds, {position}", seconds))
+    return {"kv_block": blocks, "auto": auto}, sweeps
 
 
 def main() -> None:
@@ -82,9 +85,18 @@ def main() -> None:
         for name, dtype in KV_DTYPES.items():
             for head_dim in HEAD_DIMS:
                 print(f"{isa} {name} head_dim {head_dim}", file=sys.stderr)
-                entry = tune(device, dtype, head_dim, options.rounds)
+                entry, sweeps = tune(device, dtype, head_dim, options.rounds)
+                report(f"{isa}, {name}, {head_dim}", sweeps)
                 table["choices"].setdefault(isa, {}).setdefault(name, {})[str(head_dim)] = entry
                 options.output.write_text(dump(table), "utf-8")
+
+
+def report(what: str, sweeps: list[Sweep]) -> None:
+    """Lines of Markdown: the fastest choice of each comparison in microseconds, the others as how many times that."""
+    for compared, seconds in sweeps:
+        best = min(seconds.values())
+        cells = [f"{k}: {s * 1e6:.0f} µs" if s == best else f"{k}: {s / best:.2f} ×" for k, s in seconds.items()]
+        print(f"| {what} | {compared} | {' | '.join(cells)} |", flush=True)
 
 
 def dump(table: dict) -> str:

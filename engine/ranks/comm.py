@@ -26,6 +26,7 @@ import numpy as np
 from engine.errors import RillError, UsageError
 from engine.machine import available_cores
 from engine.ranks.split import Split, Stage
+from engine.ranks.window import Window
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how MPICH's and Open MPI's tell a process how many there are
 END, OPEN, STEP, BEAT, CLOSE, PROFILE, SEARCH = range(7)  # what rank 0 commands (ranks.py)
@@ -95,6 +96,8 @@ class Comm:
         self.notes: Any = None  # where stages tell each other what they may read at any time (stages.py)
         self._header = np.zeros(4, np.int64)
         self.local, self.sharing = self._neighbours()
+        self.together = self.local == self.size  # on one machine, and so are all that are split off
+        self.window = self._open_window()
         self._cores = available_cores()
         atexit.register(self.end)
         threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
@@ -106,6 +109,7 @@ class Comm:
         part.rank, part.size = int(part.world.rank), int(part.world.size)
         part.split = Split(part.rank, part.size)
         part.sharing = min(self.sharing, count)
+        part.window = part._open_window()
         return part
 
     def _neighbours(self) -> tuple[int, int]:
@@ -116,18 +120,35 @@ class Comm:
         machine.Allgather(mine, masks)
         return int(machine.size), int((masks & mine).any(axis=1).sum())
 
+    def _open_window(self) -> Window | None:
+        """What these ranks share, if they are several on one machine."""
+        if not self.together or self.size == 1:
+            return None
+        return Window(self.mpi, self.world, lambda: self._wait(self.world.Ibarrier()))
+
     # What a plan's collectives do.
 
     def all_reduce(self, x: np.ndarray) -> None:
         """x becomes the sum of all ranks' x."""
-        self._wait(self.world.Iallreduce(self.mpi.IN_PLACE, x))
+        if self.window is None or not self.window.suits(x):
+            self._wait(self.world.Iallreduce(self.mpi.IN_PLACE, x))
+            return
+        for rows, parts in self.window.exchange(x):
+            np.add(parts[0], parts[1], out=x[rows])
+            for part in parts[2:]:
+                x[rows] += part
 
     def all_gather(self, x: np.ndarray, out: np.ndarray) -> None:
         """out [rows, ranks · width] becomes all ranks' x [rows, width] side by side."""
         rows, width = x.shape
-        found = np.empty((self.size, rows, width), x.dtype)
-        self._wait(self.world.Iallgather(np.ascontiguousarray(x), found))
-        out.reshape(rows, self.size, width)[...] = found.swapaxes(0, 1)
+        found = out.reshape(rows, self.size, width)
+        if self.window is not None and self.window.suits(x):
+            for some, parts in self.window.exchange(x):
+                found[some] = parts.swapaxes(0, 1)
+            return
+        gathered = np.empty((self.size, rows, width), x.dtype)
+        self._wait(self.world.Iallgather(np.ascontiguousarray(x), gathered))
+        found[...] = gathered.swapaxes(0, 1)
 
     def gather(self, x: np.ndarray) -> None:
         """Rank 0 gets the columns of x [rows, width] of which every rank has its part."""

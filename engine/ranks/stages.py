@@ -43,6 +43,7 @@ class Stages(Comm):
         block = everyone.rank // tp
         self.world = everyone.world.Split(block, everyone.rank)
         self.rank, self.size = int(self.world.rank), int(self.world.size)
+        self.window = self._open_window()
         self.split, self.stage = Split(self.rank, self.size), Stage((block - 1) % pp, pp)
         self.before, self.after = ((block + way) % pp * tp for way in (-1, 1))
         self.others = [rank for rank in range(everyone.size) if rank != everyone.rank]
