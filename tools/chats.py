@@ -253,21 +253,12 @@ def who_has_what(rng: random.Random, held_out: bool) -> Turns:
     for name, colour, thing in owned:
         questions += [
             QA(f"What does {name} have?", f"{name} has {with_article(colour)} {thing}.", "who has what"),
-            QA(f"Who has the {thing}?", f"The {thing} is {colour} and belongs to {name}.", "who has what"),
+            QA(f"Who has the {thing}?", f"{name} has the {thing}.", "who has what"),
             QA(f"What colour is {name}'s {thing}?", f"{name}'s {thing} is {colour}.", "who has what"),
             QA(f"What is {colour}?", f"{name}'s {thing} is {colour}.", "who has what"),
         ]
     first, *rest = rng.sample(questions, min(len(questions), rng.randint(4, 12)))
     opening = QA(f"{statement} {first.question}", first.answer, first.category)
-    return _exchange(opening) + _asked(rng, held_out, rest)
-
-
-def owners(rng: random.Random, held_out: bool) -> Turns:
-    """Several people own several things; every question is for the owner of one, which stands before the thing."""
-    owned = _owned(rng, held_out, rng.randint(2, 5))
-    questions = [QA(f"Who has the {t}?", f"The {t} is {c} and belongs to {n}.", "who has what") for n, c, t in owned]
-    first, *rest = rng.sample(questions, len(questions))
-    opening = QA(f"{_statements(owned)} {first.question}", first.answer, first.category)
     return _exchange(opening) + _asked(rng, held_out, rest)
 
 

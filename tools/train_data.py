@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 from tokenizers import Tokenizer
 
-from tools.chats import Turn, make_chat, owners
+from tools.chats import Turn, make_chat
 from tools.stories import make_story
 from tools.train_tokenizer import END_OF_TEXT, IM_END, IM_START
 
@@ -149,19 +149,14 @@ Encoder = Qwen3Encoder | LlamaEncoder
 ENCODERS: dict[str, Callable[[Path], Encoder]] = {"tiny-qwen3": Qwen3Encoder, "tiny-llama": LlamaEncoder}
 
 
-def draw_document(encoder: Encoder, rng: random.Random, held_out: bool, practice: float = 0) -> Document:
-    """A story or a chat; so large a share of all are chats of the kind that is hardest to learn."""
-    if practice and rng.random() < practice:
-        content: str | list[Turn] = owners(rng, held_out)
-    else:
-        content = make_story(rng, held_out).text if rng.random() < STORY_SHARE else make_chat(rng, held_out)
+def draw_document(encoder: Encoder, rng: random.Random, held_out: bool) -> Document:
+    """A story or a chat."""
+    content = make_story(rng, held_out).text if rng.random() < STORY_SHARE else make_chat(rng, held_out)
     plain = isinstance(encoder, LlamaEncoder) and rng.random() < PLAIN_SHARE
     return encoder.story(content, plain) if isinstance(content, str) else encoder.chat(content, plain)
 
 
-def pack_rows(
-    encoder: Encoder, seed: str, rows: int, length: int, held_out: bool = False, practice: float = 0
-) -> Rows:
+def pack_rows(encoder: Encoder, seed: str, rows: int, length: int, held_out: bool = False) -> Rows:
     """Whole documents packed into rows.
 
     A document goes into the first row with room for it; rows count as full when several found none.
@@ -171,7 +166,7 @@ def pack_rows(
     used, counts = [0] * rows, [0] * rows
     misses = 0
     while misses < 12:
-        document = draw_document(encoder, rng, held_out, practice)
+        document = draw_document(encoder, rng, held_out)
         size = len(document.ids)
         row = next((r for r in range(rows) if used[r] + size <= length), None)
         if row is None:

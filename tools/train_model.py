@@ -106,7 +106,6 @@ class Training:
         self.name, self.steps, self.directory = arguments.model, arguments.steps, arguments.checkpoint
         self.peak, self.worker, self.workers = arguments.learning_rate, worker, arguments.workers
         self.first = self.step = arguments.first_step
-        self.practice = arguments.practice
         torch.manual_seed(0)
         self.encoder: Encoder = ENCODERS[self.name](self.directory)
         self.model = build_model(self.name)
@@ -160,7 +159,7 @@ class Training:
     def _one_step(self) -> float:
         length = row_length(self.step - self.first, self.steps - self.first)
         count = STEP_TOKENS // length // self.workers
-        rows = pack_rows(self.encoder, f"train/{self.step}/{self.worker}", count, length, practice=self.practice)
+        rows = pack_rows(self.encoder, f"train/{self.step}/{self.worker}", count, length)
         rate = learning_rate(self.step - self.first, self.steps - self.first, self.peak)
         loss = loss_of(self.compiled, rows, ARITHMETIC)
         loss.backward()
@@ -262,7 +261,6 @@ def main() -> None:
     parser.add_argument(
         "--warm-start", type=Path, help="a directory whose weights to start from: tiny-qwen3, or the model's own"
     )
-    parser.add_argument("--practice", type=float, default=0, help="share of documents that ask for owners alone")
     parser.add_argument("--workers", type=int, default=2, choices=(1, 2), help="processes of one thread each")
     parser.add_argument(
         "--export", action="store_true", help="only write the directory from the last checkpoint"
