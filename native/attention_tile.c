@@ -182,7 +182,7 @@ static void multiply_keys(const struct attention_tile *t, const float *q, struct
     const char *panels = at.keys + from / PANEL * t->keys.column, *values = at.values + from / t->inputs * t->values.step;
     struct tile_product product = {.kind = t->kind, .a = q, .a_row = t->q_row, .b = &panels, .pieces = 1,
                                    .depth = t->key_lines, .b_step = t->keys.step, .b_column = t->keys.column,
-                                   .ahead = &values, .ahead_step = t->values.column, .c = scores, .c_row = score_row};
+                                   .ahead = &values, .ahead_step = line_bytes(t->kind), .c = scores, .c_row = score_row};
     tile_product(&product, count, (to - from) / PANEL);
 }
 
@@ -201,11 +201,13 @@ static void score_part(const struct attention_tile *t, struct part *part, int64_
         memcpy(scores + r * t->score_row, t->sink_scores + r * PAGE, (size_t)part->sinks * sizeof *scores);
 }
 
-/* The keys that come after a page's in the walk; the page's own where none do, since these are in the cache. */
-static const char *next_keys(const struct attention_tile *t, int64_t page)
+/* The keys that come in a part's place in the next block; its own where none do, since these are in the cache. */
+static const char *next_keys(const struct attention_tile *t, const struct part *part)
 {
-    int64_t next = page + t->next.pages, heads = t->next.kv_head - t->kv_head;
-    return tile_page(t, next < tile_end_page(t) ? next : page).keys + heads * page_head_bytes(t->op->kv_dtype, t->op->head_dim);
+    int64_t page = t->next.page + part->place, heads = t->next.kv_head - t->kv_head;
+    if (page >= tile_end_page(t))
+        return part->at.keys;
+    return tile_page(t, page).keys + heads * page_head_bytes(t->op->kv_dtype, t->op->head_dim);
 }
 
 /* out[queries first .. first + count] += weights · values, as many parts of one height at a time as follow each other. Few
@@ -218,11 +220,11 @@ static void multiply_values(const struct attention_tile *t, int64_t first, int64
         for (run = 0; i + run < parts && t->part[i + run].to - t->part[i + run].from == height; run++) {
             const struct part *part = &t->part[i + run];
             t->pieces[run] = part->at.values + part->from / t->inputs * t->values.step;
-            t->ahead[run] = height == PAGE ? next_keys(t, part->page) : t->pieces[run];
+            t->ahead[run] = height == PAGE ? next_keys(t, part) : t->pieces[run];
         }
         struct tile_product product = {.kind = t->kind, .a = weights, .a_row = t->score_row, .b = t->pieces, .pieces = run,
                                        .depth = height / t->inputs, .b_step = t->values.step, .b_column = t->values.column,
-                                       .ahead = t->ahead, .ahead_step = t->values.column,
+                                       .ahead = t->ahead, .ahead_step = line_bytes(t->kind),
                                        .c = t->out + first * t->width, .c_row = t->width, .add = true};
         tile_product(&product, count, t->width / PANEL);
         weights += run * product.depth * line_floats(t->kind);
@@ -266,7 +268,7 @@ void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, 
         int64_t count = 0, end = min_i64(until, (page / size + 1) * size);
         for (; page < end; page = tile_next_page(t, page + 1))
             t->page[count++] = page;
-        t->next = page < until ? (struct ahead){t->kv_head, count} : after;
+        t->next = page < until ? (struct ahead){t->kv_head, page} : after;
         attend_block(t, count);
     }
 }
@@ -286,13 +288,13 @@ void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_s
     while (tile_before(t, &end, max_rows))
         for (t->kv_head = 0; t->kv_head < t->op->kv_heads; t->kv_head++)
             if (item++ == next) {
-                next = take(me);
-                int64_t next_head = t->kv_head + next - (item - 1);
+                int64_t head = t->kv_head + next_work(me) - next;
                 tile_load_queries(t);
                 tile_clear_sums(t);
                 tile_attend_blocks(t, 0, tile_end_page(t), block_size,
-                                   (struct ahead){next_head < t->op->kv_heads ? next_head : t->kv_head, 0});
+                                   (struct ahead){min_i64(head, t->op->kv_heads - 1), tile_next_page(t, 0)});
                 for (int64_t i = 0; i < t->queries; i++)
                     divide_by_sum(t->op, t->out + i * t->width, t->sum[i], out_of(t, i));
+                next = take(me);
             }
 }

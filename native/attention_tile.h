@@ -25,8 +25,8 @@ struct part {
     const float *scales;           /* [keys, values][PAGE]: int8 only */
 };
 
-/* Where the walk goes on after a block: with which KV head, and how many pages further on. */
-struct ahead { int64_t kv_head, pages; };
+/* Where the walk goes on after a block. */
+struct ahead { int64_t kv_head, page; };
 
 /* How keys or values lie for the micro-kernel: bytes from line to line and from panel to panel. */
 struct panels { int64_t step, column; };

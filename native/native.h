@@ -32,6 +32,11 @@ bool team_wait(struct worker *me);
 
 /* The next piece of work since the last barrier, INT32_MAX once the plan is being cancelled. */
 int32_t take(struct worker *me);
+/* The one that a thread would get now. */
+static inline int32_t next_work(struct worker *me)
+{
+    return atomic_load_explicit(&me->team->next, memory_order_relaxed);
+}
 
 bool cancelled(const struct worker *me);
 void fail(struct worker *me, int32_t status, int32_t detail);

@@ -3,7 +3,8 @@
  *
  * A "line" is PANEL weights (f32, f16), pairs (bf16) or quads (int8) of a packed matrix or cache page: VECTORS vectors.
  * line_f16, line_even and line_odd (of pairs) and line_i8 (one byte of each quad) load a vector of it in f32. Bytes come
- * I8_UNIT times as large: they are moved to the top of their lane, and not back down. */
+ * I8_UNIT times as large: they are moved to the top of their lane, and not back down. So scores may not exceed 2^104, and
+ * scales below 2^-102 lose bits. */
 #ifndef SIMD_H
 #define SIMD_H
 
@@ -14,7 +15,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define I8_UNIT 0x1p24f
 /* For a shuffle within 16 bytes: one byte of each quad at the top, nothing below. */
-#define NOTHING_AND(at) (int)0x808080 | (int)((uint32_t)(at) << 24)
+#define NOTHING_AND(at) ((int)(0x808080 | (uint32_t)(at) << 24))
 #define I8_TO_THE_TOP(byte) \
     _mm_setr_epi32(NOTHING_AND(byte), NOTHING_AND(4 + (byte)), NOTHING_AND(8 + (byte)), NOTHING_AND(12 + (byte)))
 

@@ -79,7 +79,7 @@ static void attend_tile(struct attention_tile *t, const struct scratch *s)
     for (int64_t page = tile_next_page(t, 0); page < end; page = tile_next_page(t, until)) {
         until = (page / RANGE + 1) * RANGE;
         tile_clear_sums(t);
-        tile_attend_blocks(t, page, until, block_pages(t->op), (struct ahead){t->kv_head, until - page});
+        tile_attend_blocks(t, page, until, block_pages(t->op), (struct ahead){t->kv_head, until});
         for (int64_t i = 0; i < t->queries; i++)
             merge(t->op, out_of(t, i), &s->total_max[i], &s->total_sum[i], t->out + i * t->width, t->max[i], t->sum[i]);
     }
@@ -131,7 +131,7 @@ static void attend_range(const struct attention_tile *whole, int64_t range, stru
             }
             bool is_last = t.kv_head + 1 == t.op->kv_heads;
             tile_attend_blocks(&t, first, first + size, size,
-                               is_last ? (struct ahead){0, size} : (struct ahead){t.kv_head + 1, 0});
+                               is_last ? (struct ahead){0, first + size} : (struct ahead){t.kv_head + 1, first});
         }
     }
 }

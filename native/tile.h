@@ -25,7 +25,7 @@ struct tile {
     const char *b;
     int64_t b_step, b_column;     /* bytes from line to line, from panel to panel */
     int64_t depth;                /* lines */
-    const char *ahead;            /* what few rows fetch meanwhile: lines of something else, as many as B has */
+    const char *ahead;            /* what few rows fetch meanwhile: as many lines as B has */
     int64_t ahead_step, ahead_column;
 };
 

@@ -161,7 +161,8 @@ def check_trace(trace: dict[str, Any], ranks: int, cost: dict[str, Any]) -> None
 STOPPING = """
 import sys, time
 import numpy as np
-from engine import LLM, RillError, SamplingParams, rank_profile
+from engine import LLM, RillError, SamplingParams
+from engine.ranks import rank_profile
 
 rank_profile.MOST_COLLECTIVES = int(sys.argv[2]) or rank_profile.MOST_COLLECTIVES
 greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
@@ -203,7 +204,8 @@ def test_steps_that_did_not_happen_count_nowhere(room: int) -> None:
 
 DIFFERING = """
 import os, sys
-from engine import LLM, SamplingParams, rank_profile
+from engine import LLM, SamplingParams
+from engine.ranks import rank_profile
 rank_profile.hash_of = lambda _: os.environ["PMI_RANK"]
 llm = LLM(sys.argv[1])
 with llm.profile() as profile:

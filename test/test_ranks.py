@@ -235,6 +235,11 @@ for rows in (1, 3, 100, 1500, 100):
         comm.all_reduce(x)
         assert (x == table * (own + 1).sum()).all(), (rows, turn)
 assert comm.window is not None
+many = np.random.default_rng(comm.rank).standard_normal((200, 1024), np.float32)
+alone = many[:1].copy()
+comm.all_reduce(many)
+comm.all_reduce(alone)
+assert (many[:1] == alone).all(), "what is summed beside a row changes its bits"
 comm.ended = True
 """
 

@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=TABLE)
     options = parser.parse_args()
     table = json.loads(TABLE.read_text("utf-8"))
+    print("| ISA, cache, head_dim | compared | the fastest, and how much longer the others take |\n|---|---|---|")
     for isa in options.isa.split(","):
         device = open_device("cpu", isa=isa, threads=options.threads)
         for name, dtype in KV_DTYPES.items():
@@ -96,7 +97,7 @@ def report(what: str, sweeps: list[Sweep]) -> None:
     for compared, seconds in sweeps:
         best = min(seconds.values())
         cells = [f"{k}: {s * 1e6:.0f} µs" if s == best else f"{k}: {s / best:.2f} ×" for k, s in seconds.items()]
-        print(f"| {what} | {compared} | {' | '.join(cells)} |", flush=True)
+        print(f"| {what} | {compared} | {', '.join(cells)} |", flush=True)
 
 
 def dump(table: dict) -> str:

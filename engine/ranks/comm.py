@@ -29,7 +29,7 @@ from engine.ranks.split import Split, Stage
 from engine.ranks.window import Window
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how MPICH's and Open MPI's tell a process how many there are
-END, OPEN, STEP, BEAT, CLOSE, PROFILE, SEARCH = range(7)  # what rank 0 commands (ranks.py)
+END, OPEN, STEP, BEAT, CLOSE, PROFILE, SEARCH = range(7)  # what rank 0 commands (followers.py)
 ALIVE = 0  # the tag of a note
 REPORT = 4096  # bytes of what each rank says when all compare
 CPUS = 4096  # that a machine may have
@@ -88,7 +88,7 @@ class Comm:
         self.stopped = False
         self.told = self.begun = 0  # steps that rank 0 has told of, and that this rank has begun
         self.ended = False
-        self.entered = False  # by way of ranks.enter
+        self.entered = False  # by way of followers.enter
         self.models = 0  # opened so far
         self._turn = threading.RLock()
         self._waits = Wait()
@@ -98,13 +98,20 @@ class Comm:
         self.local, self.sharing = self._neighbours()
         self.together = self.local == self.size  # on one machine, and so are all that are split off
         self.window = self._open_window()
+        self._firsts: dict[int, Comm] = {}
         self._cores = available_cores()
         atexit.register(self.end)
         threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
 
     def first(self, count: int) -> Comm:
         """The first so many ranks among themselves; the other ranks, too, get something, which they have no use for."""
+        if count not in self._firsts:
+            self._firsts[count] = self._first(count)
+        return self._firsts[count]
+
+    def _first(self, count: int) -> Comm:
         part = copy.copy(self)
+        part._firsts = {}
         part.world = self.world.Split(self.rank >= count, self.rank)
         part.rank, part.size = int(part.world.rank), int(part.world.size)
         part.split = Split(part.rank, part.size)
@@ -134,9 +141,7 @@ class Comm:
             self._wait(self.world.Iallreduce(self.mpi.IN_PLACE, x))
             return
         for rows, parts in self.window.exchange(x):
-            np.add(parts[0], parts[1], out=x[rows])
-            for part in parts[2:]:
-                x[rows] += part
+            sum_pairwise(list(parts), x[rows])
 
     def all_gather(self, x: np.ndarray, out: np.ndarray) -> None:
         """out [rows, ranks · width] becomes all ranks' x [rows, width] side by side."""
@@ -280,3 +285,12 @@ class Comm:
     def _say(self, message: str) -> None:
         sys.stderr.write(f"rill: rank {self.rank}: {message}\n")
         sys.stderr.flush()
+
+
+def sum_pairwise(parts: list[np.ndarray], out: np.ndarray) -> None:
+    """Neighbours first, then neighbours of those: in the order in which messages sum up by recursive doubling, so that
+    a number's bits do not depend on how many go with it."""
+    while len(parts) > 2:
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[len(pairs) * 2 :]
+    np.add(parts[0], parts[1], out=out)

@@ -113,7 +113,7 @@ class RankProfile(Profile):
             return
         self._everyone = on_all(self.comm, mine)
         row, rows = row_bytes(collectives[0]), collectives[0].written[0].shape[0]
-        link = measure_link(self.comm, row, row * rows)
+        link = measure_link(self.comm, row, rows)
         if self.comm.rank == 0:
             self.cost = self._sum_up(link)
 
@@ -223,10 +223,10 @@ def follow_profile(runner: Runner, begins: bool) -> None:
         profile.settle()
 
 
-def measure_link(comm: Comm, small: int, large: int) -> Link:
-    """Times sums of so many bytes, all ranks together: several one after the other, for over a slow link ranks take
-    turns in coming late. One round is to warm up."""
-    arrays = [np.zeros(size // 4, np.float32) for size in (small, large)]
+def measure_link(comm: Comm, row: int, rows: int) -> Link:
+    """Times sums of a row of so many bytes and of so many such rows, all ranks together: several one after the other,
+    for over a slow link ranks take turns in coming late. One round is to warm up."""
+    arrays = [np.zeros((count, row // 4), np.float32) for count in (1, rows)]
     times = np.zeros((1 + ROUNDS, 2), np.int64)
     for found in times:
         for i, array in enumerate(arrays):
@@ -237,7 +237,7 @@ def measure_link(comm: Comm, small: int, large: int) -> Link:
             found[i] = time.perf_counter_ns() - begin
     each = on_all(comm, times)[1:].mean(axis=1) / IN_A_ROW / 1e9
     seconds = np.median(each, axis=0)
-    return Link.through(comm.size, (small, float(seconds[0])), (large, float(seconds[1])))
+    return Link.through(comm.size, (row, float(seconds[0])), (row * rows, float(seconds[1])))
 
 
 def on_all(comm: Comm, mine: np.ndarray) -> np.ndarray:
