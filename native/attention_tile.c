@@ -281,20 +281,27 @@ void divide_by_sum(const struct attention *op, const float *sums, float sum, flo
     }
 }
 
+/* next_head: the one that this thread is likely to come to next. */
+static void attend_tile(struct attention_tile *t, int64_t block_size, int64_t next_head)
+{
+    struct ahead after = {min_i64(next_head, t->op->kv_heads - 1), tile_next_page(t, 0)};
+    tile_load_queries(t);
+    tile_clear_sums(t);
+    tile_attend_blocks(t, 0, tile_end_page(t), block_size, after);
+    for (int64_t i = 0; i < t->queries; i++)
+        divide_by_sum(t->op, t->out + i * t->width, t->sum[i], out_of(t, i));
+}
+
 void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_size, struct worker *me)
 {
-    int64_t end = *t->op->rows;
+    int64_t begin = *t->op->rows;
     int32_t item = 0, next = take(me);
-    while (tile_before(t, &end, max_rows))
-        for (t->kv_head = 0; t->kv_head < t->op->kv_heads; t->kv_head++)
-            if (item++ == next) {
-                int64_t head = t->kv_head + next_work(me) - next;
-                tile_load_queries(t);
-                tile_clear_sums(t);
-                tile_attend_blocks(t, 0, tile_end_page(t), block_size,
-                                   (struct ahead){min_i64(head, t->op->kv_heads - 1), tile_next_page(t, 0)});
-                for (int64_t i = 0; i < t->queries; i++)
-                    divide_by_sum(t->op, t->out + i * t->width, t->sum[i], out_of(t, i));
-                next = take(me);
-            }
+    while (tile_before(t, &begin, ALL_ROWS))
+        for (int64_t end = begin + t->rows, head = 0; head < t->op->kv_heads; head++)
+            for (int64_t row = end; row > begin && tile_before(t, &row, max_rows);)
+                if (item++ == next) {
+                    t->kv_head = head;
+                    attend_tile(t, block_size, head + next_work(me) - next);
+                    next = take(me);
+                }
 }

@@ -59,6 +59,7 @@ int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int6
 
 /* Walks the rows of a step from the last to the first, which in a prompt is the longest work first: moves to the up to
  * max_rows rows before *end that are of one sequence and within the op's positions. False when there are none left. */
+enum { ALL_ROWS = INT32_MAX };
 bool tile_before(struct attention_tile *t, int64_t *end, int64_t max_rows);
 
 /* Where a page lies in the cache. */
@@ -91,7 +92,8 @@ void tile_soften(struct attention_tile *t, int64_t first, int64_t count, int64_t
 /* The output of one query: weighted values over the sum of weights. sums may be out. */
 void divide_by_sum(const struct attention *op, const float *sums, float sum, float *out);
 
-/* All of it, for all rows of the step, by tiles of so many rows: each tile and KV head is some thread's. */
+/* All of it, for all rows of the step, by tiles of so many rows: each tile and KV head is some thread's. All tiles of a
+ * sequence meet a head before the next: its keys and values, which all of them read, stay in the last cache. */
 void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_size, struct worker *me);
 
 /* Query i of a tile is head i % group of row i / group. */

@@ -188,17 +188,19 @@ void streaming_attention(const struct attention *op, struct worker *me)
     struct scratch s;
     divide(op, me->team->threads, *op->rows, me, &s);
     place(&t, s.tile);
-    int64_t end = *op->rows, rows = tile_rows(op, me->team->threads);
+    int64_t begin = *op->rows, rows = tile_rows(op, me->team->threads);
     if (op->window > 0 && op->window <= RANGE * PAGE) { /* so little is seen that ranges would be in the way */
         attend_by_tiles(&t, rows, block_pages(op), me);
         return;
     }
     int32_t item = 0, next = take(me);
-    while (tile_before(&t, &end, rows))
-        for (t.kv_head = 0; t.kv_head < op->kv_heads && !is_split(&t); t.kv_head++)
-            if (item++ == next) {
-                attend_tile(&t, &s);
-                next = take(me);
-            }
+    while (tile_before(&t, &begin, ALL_ROWS))
+        for (int64_t end = begin + t.rows, head = 0; head < op->kv_heads; head++)
+            for (int64_t row = end; row > begin && tile_before(&t, &row, rows);)
+                if (!is_split(&t) && item++ == next) {
+                    t.kv_head = head;
+                    attend_tile(&t, &s);
+                    next = take(me);
+                }
     attend_ranges(&t, rows, &s, me);
 }
