@@ -33,7 +33,7 @@ END, OPEN, STEP, BEAT, CLOSE, PROFILE, SEARCH = range(7)  # what rank 0 commands
 ALIVE = 0  # the tag of a note
 REPORT = 4096  # bytes of what each rank says when all compare
 CPUS = 4096  # that a machine may have
-LOOKS, LOOKS_IF_CROWDED = 1000, 20  # at what one waits for, before one sleeps
+LOOKS, LOOKS_IF_CROWDED = 20000, 20  # at what one waits for, before one sleeps
 MOST_SLEEP = 0.0005  # seconds
 
 
