@@ -7,6 +7,7 @@
 #ifndef ATTENTION_TILE_H
 #define ATTENTION_TILE_H
 
+#include "exponentials.h"
 #include "page.h"
 #include "tile.h"
 
@@ -51,7 +52,7 @@ struct attention_tile {
     int64_t *page;                 /* numbers of a block's pages */
     struct part *part;             /* what the strip at hand needs of them */
     const char **pieces, **ahead;  /* where the values of some of them lie, and what is fetched meanwhile */
-    struct ahead next;
+    struct ahead next;             /* after the block at hand */
 };
 
 /* Lays out the memory of a tile of so many queries and keys to a block. Returns its bytes; memory may be NULL. */
@@ -59,8 +60,8 @@ int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int6
 
 /* Walks the rows of a step from the last to the first, which in a prompt is the longest work first: moves to the up to
  * max_rows rows before *end that are of one sequence and within the op's positions. False when there are none left. */
-enum { ALL_ROWS = INT32_MAX };
 bool tile_before(struct attention_tile *t, int64_t *end, int64_t max_rows);
+enum { ALL_ROWS = INT32_MAX };
 
 /* Where a page lies in the cache. */
 struct page_lines tile_page(const struct attention_tile *t, int64_t page);

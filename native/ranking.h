@@ -7,7 +7,7 @@
 
 #include <float.h>
 
-#include "simd.h"
+#include "exponentials.h"
 
 enum { BLOCK = 128 }; /* ids that share one maximum */
 

@@ -1,4 +1,4 @@
-#include "simd.h"
+#include "exponentials.h"
 
 void swiglu(const struct swiglu *op, struct worker *me)
 {
