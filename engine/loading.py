@@ -61,7 +61,8 @@ def open_runner(options: Options, comm: Comm | None) -> Opened:
 
     Raises UsageError or RillError, on all ranks where on one.
     """
-    return together(comm, lambda: _open(options, comm), _facts)
+    peers = _open_peers(options, comm)
+    return together(comm, lambda: _open(options, comm, peers), _facts)
 
 
 def load(opened: Opened, comm: Comm | None, progress: Progress | None = None, cache: bool = False) -> None:
@@ -74,15 +75,20 @@ def load(opened: Opened, comm: Comm | None, progress: Progress | None = None, ca
     together(comm, work, lambda _: {})
 
 
-def _open(options: Options, comm: Comm | None) -> Opened:
-    ranks = comm.size if comm else 1
-    if ranks > 1 and options.device not in RANK_DEVICES:
+def _open_peers(options: Options, comm: Comm | None) -> Comm | None:
+    """What the model's collectives go by."""
+    tp, pp = share_ranks(options.tp, options.pp, comm.size if comm else 1)
+    if comm is None:
+        return None
+    if options.device not in RANK_DEVICES:
         raise UsageError(f"device {options.device!r}: ranks run on {', '.join(RANK_DEVICES)}")
-    tp, pp = share_ranks(options.tp, options.pp, ranks)
-    peers = open_stages(comm, tp, pp) if comm else None
+    return open_stages(comm, tp, pp)
+
+
+def _open(options: Options, comm: Comm | None, peers: Comm | None) -> Opened:
     device = open_device(options.device, isa=options.isa, threads=options.threads, sharing=comm.sharing if comm else 1)
-    if comm:
-        shape = f" (tp {tp} × pp {pp})" if pp > 1 else ""
+    if comm and peers:
+        shape = f" (tp {peers.size} × pp {peers.stage.count})" if peers.stage.count > 1 else ""
         device.description += f" on each of {comm.size} ranks{shape}{comm.bound}"
     choice = choose_attention(options.attention, device, sink=options.sink, window=options.window,
                               q_block=options.q_block, kv_block=options.kv_block)  # fmt: skip
@@ -113,11 +119,12 @@ def together(comm: Comm | None, work: Callable[[], T], facts: Callable[[T], dict
     if comm is None:
         return work()
     failure: Exception | None = None
-    try:
-        result = work()
-        report = {"facts": facts(result)}
-    except Exception as error:
-        failure, report = error, {"error": {"is": (str(error) or type(error).__name__)[:500]}}
+    with comm.busy():
+        try:
+            result = work()
+            report = {"facts": facts(result)}
+        except Exception as error:
+            failure, report = error, {"error": {"is": (str(error) or type(error).__name__)[:500]}}
     said = [json.loads(text) for text in comm.exchange(json.dumps(report))]
     if failure is not None:
         raise failure

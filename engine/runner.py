@@ -20,7 +20,7 @@ from engine.model.decoder import Decoder
 from engine.ops.kv_store import Pages
 from engine.ops.sample import Sample
 from engine.plan import Plan, Tensor, label_of
-from engine.ranks.comm import BEAT, CLOSE, SEARCH, STEP, Comm
+from engine.ranks.comm import CLOSE, SEARCH, STEP, Comm
 from engine.ranks.segments import Segments
 from engine.ranks.split import ALL_LAYERS, WHOLE
 from engine.step import LOGIT_ROWS, Sampled, Segment, Step, Want, pieces
@@ -286,18 +286,6 @@ class Runner:
             self.peers.stopped = flag
         else:
             self.device.cancel(flag)
-
-    @property
-    def beat_seconds(self) -> float | None:
-        """How long the ranks may go without a step before they need a beat; None where there is one rank."""
-        return self.comm.patience / 4 if self.comm else None
-
-    def beat(self) -> None:
-        """Lets every rank know that the others are alive."""
-        if self.comm:
-            with self.comm.turn():
-                self.comm.command(BEAT)
-                self.comm.beat()
 
     def close(self) -> None:
         """Tells the other ranks that this model is not used any more."""

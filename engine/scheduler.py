@@ -94,9 +94,7 @@ class Scheduler:
 
     def _wait(self) -> bool:
         with self.changed:
-            while not self.changed.wait_for(lambda: self.waiting or self.running or self.closed,
-                                            self.runner.beat_seconds):  # fmt: skip
-                self.runner.beat()
+            self.changed.wait_for(lambda: self.waiting or self.running or self.closed)
             return bool(self.waiting or self.running)
 
     def _step(self) -> None:

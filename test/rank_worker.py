@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,8 @@ def main(jobs: str, results: str, pids: str, fault: str = "") -> None:
             found[f"{i}.logits"] = llm.logits(job["prompts"][0])
             found[f"{i}.bytes"] = np.array(llm.runner.weight_bytes)
             found[f"{i}.cache"] = np.array(llm.runner.cache_capacity_bytes)
+        if fault == "pause":
+            time.sleep(2)
     np.savez(results, **found)
 
 
@@ -119,8 +122,23 @@ def fail_to_load() -> None:
     Runner.load = failing  # type: ignore[method-assign]
 
 
+def stop_in_a_load() -> None:
+    def stopping(self: Runner, progress: Any = None, cache: bool = False) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    Runner.load = stopping  # type: ignore[method-assign]
+
+
+def stop_in_an_opening() -> None:
+    def stopping(self: Runner, *_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    Runner.__init__ = stopping  # type: ignore[method-assign]
+
+
 FAULTS = {
     "": lambda: None,
+    "pause": lambda: None,
     "rank 0 raises": lambda: None,
     "a step raises": raise_in_a_step,
     "a plan raises": raise_in_a_plan,
@@ -128,6 +146,8 @@ FAULTS = {
     "slow stage": work_slowly,
     "slow load": load_slowly,
     "failing load": fail_to_load,
+    "stuck load": stop_in_a_load,
+    "stuck open": stop_in_an_opening,
 }
 
 if __name__ == "__main__":

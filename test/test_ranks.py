@@ -23,6 +23,7 @@ from engine.files.packed_cache import cache_name
 from engine.layer import matrix
 from engine.machine import available_cores
 from engine.quantised import Format, quantise
+from engine.ranks.comm import START
 from engine.ranks.split import Columns, Rows, Split, rows_of
 from engine.verify import LOGIT_BOUND
 from tools.combinations import methods_here
@@ -530,14 +531,42 @@ def test_a_rank_that_raises_ends_all(fault: str, pp: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_stuck_is_noticed(victim: int, pp: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay", [0.0, 0.5, 2.0])
+def test_a_rank_that_is_stuck_is_noticed(delay: float, victim: int, pp: int, tmp_path: Path) -> None:
+    """In MPI's start, where all have five times as long, in a load, in a step."""
     run = long_run(tmp_path, pp, RILL_HEARTBEAT="1")
     pid = run.pid(victim)
-    time.sleep(2)
+    time.sleep(delay)
     os.kill(pid, signal.SIGSTOP)
-    status, _, err = finish(run.process, 1 + SOON)
-    assert status != 0 and "has not answered for 1 seconds" in err, err
+    status, _, err = finish(run.process, START * 1 + SOON)
+    assert status != 0 and ("has not answered for 1 seconds" in err or "open_comm" in err), err
     assert run.is_gone()
+
+
+@pytest.mark.parametrize("fault", ["stuck load", "stuck open"])
+def test_a_rank_that_is_stuck_before_it_has_a_model_is_noticed(fault: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, 2, [small_job()], fault, RILL_HEARTBEAT="0.5")
+    status, _, err = finish(run.process, STARTED)
+    assert status != 0 and "has not answered for 0.5 seconds" in err, err
+    assert run.is_gone()
+
+
+def test_a_program_that_pauses_between_models_is_not_taken_for_stuck(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2, [small_job(), small_job()], "pause", RILL_HEARTBEAT="0.5")
+    status, _, err = finish(run.process)
+    assert status == 0 and run.results.exists(), err
+
+
+def test_a_run_that_is_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
+    """As by Ctrl-Z: nobody has been waiting for anybody in the meantime."""
+    run = Run(tmp_path, 2, [small_job()] * 3, "pause", RILL_HEARTBEAT="1")
+    pids = [run.pid(rank) for rank in range(2)]
+    for signal_number in (signal.SIGSTOP, signal.SIGCONT):
+        time.sleep(2)
+        for pid in pids:
+            os.kill(pid, signal_number)
+    status, _, err = finish(run.process)
+    assert status == 0 and run.results.exists(), err
 
 
 def test_a_slow_load_is_not_taken_for_stuck(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ MPI's own waiting keeps a core busy, which ranks may have to share. So every cal
 and the wait is ours; between two ranks it takes no longer, 3.4 µs for the sum of 4 KB.
 
 A process that is alone never comes here. Whoever waits for others for longer than `patience` seconds ends, and the
-launcher ends the rest; a rank that has nothing to say sends a beat more often than that.
+launcher ends the rest. So nobody is silent for that long: rank 0 sends a beat when it has nothing to tell, and a rank
+whose work takes as long as it takes, such as loading a model, does it in `busy`.
 """
 
 from __future__ import annotations
 
 import atexit
 import copy
+import faulthandler
 import os
 import sys
 import threading
@@ -35,6 +37,9 @@ REPORT = 4096  # bytes of what each rank says when all compare
 CPUS = 4096  # that a machine may have
 LOOKS, LOOKS_IF_CROWDED = 20000, 20  # at what one waits for, before one sleeps
 MOST_SLEEP = 0.0005  # seconds
+LOOKS_OF_PATIENCE = 10  # at how long a rank has been waiting
+START = 5  # times the patience: until all ranks have come to their first meeting
+STDERR = 2
 
 
 @cache
@@ -43,15 +48,22 @@ def open_comm() -> Comm | None:
     launched = max(int(os.environ.get(name, "1")) for name in LAUNCHERS) > 1
     if not launched and "mpi4py" not in sys.modules:
         return None
+    seconds = patience()
+    # MPI's start keeps Python's lock: the only thread that can end it is one that needs none.
+    faulthandler.dump_traceback_later(START * seconds, exit=True, file=STDERR)
     try:
         import mpi4py
 
         mpi4py.rc.thread_level = "serialized"
         from mpi4py import MPI
+
+        world = MPI.COMM_WORLD.Dup()
     except (ImportError, RuntimeError) as error:
         raise RillError(f"started as one of several ranks, but there is no MPI: {error}; "
                         "pip install 'rill-engine[mpi]'") from None  # fmt: skip
-    return Comm(MPI, patience()) if MPI.COMM_WORLD.size > 1 else None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return Comm(MPI, world, seconds) if world.size > 1 else None
 
 
 def patience() -> float:
@@ -80,28 +92,31 @@ class Comm:
     by any thread, for `agreed_to_stop`.
     """
 
-    def __init__(self, mpi: Any, patience: float) -> None:
-        self.mpi, self.world = mpi, mpi.COMM_WORLD.Dup()
+    def __init__(self, mpi: Any, world: Any, patience: float) -> None:
+        self.mpi, self.world, self.patience = mpi, world, patience
+        self._waits = Wait()
+        threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
         self.rank, self.size = int(self.world.rank), int(self.world.size)
         self.split, self.stage = Split(self.rank, self.size), Stage()
-        self.patience = patience
+        self.others = [rank for rank in range(self.size) if rank != self.rank]
         self.stopped = False
         self.told = self.begun = 0  # steps that rank 0 has told of, and that this rank has begun
         self.ended = False
         self.entered = False  # by way of followers.enter
         self.models = 0  # opened so far
         self._turn = threading.RLock()
-        self._waits = Wait()
         self._unsettled: list[Any] = []  # announcements that are on their way
-        self.notes: Any = None  # where stages tell each other what they may read at any time (stages.py)
+        self._sent: list[tuple[Any, np.ndarray]] = []  # notes that may be on their way
+        self._told_at = 0.0  # when rank 0 last told the others anything
         self._header = np.zeros(4, np.int64)
-        self.local, self.sharing = self._neighbours()
-        self.together = self.local == self.size  # on one machine, and so are all that are split off
-        self.window = self._open_window()
         self._firsts: dict[int, Comm] = {}
         self._cores = available_cores()
+        with self.meeting():
+            self.notes = self.world.Dup()  # numbers to be read at any time
+            self.local, self.sharing = self._neighbours()
+            self.together = self.local == self.size  # on one machine, and so are all that are split off
+            self.window = self.open_window()
         atexit.register(self.end)
-        threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
 
     def first(self, count: int) -> Comm:
         """The first so many ranks among themselves; the other ranks, too, get something, which they have no use for."""
@@ -112,12 +127,15 @@ class Comm:
     def _first(self, count: int) -> Comm:
         part = copy.copy(self)
         part._firsts = {}
-        part.world = self.world.Split(self.rank >= count, self.rank)
-        part.rank, part.size = int(part.world.rank), int(part.world.size)
-        part.split = Split(part.rank, part.size)
         part.sharing = min(self.sharing, count)
-        part.window = part._open_window()
+        with self.meeting():
+            part.share(self.world.Split(self.rank >= count, self.rank))
         return part
+
+    def share(self, world: Any) -> None:
+        """From now on, collectives and what a model splits are of these ranks."""
+        self.world, self.rank, self.size = world, int(world.rank), int(world.size)
+        self.split, self.window = Split(self.rank, self.size), self.open_window()
 
     def _neighbours(self) -> tuple[int, int]:
         machine = self.world.Split_type(self.mpi.COMM_TYPE_SHARED)
@@ -127,7 +145,7 @@ class Comm:
         machine.Allgather(mine, masks)
         return int(machine.size), int((masks & mine).any(axis=1).sum())
 
-    def _open_window(self) -> Window | None:
+    def open_window(self) -> Window | None:
         """What these ranks share, if they are several on one machine."""
         if not self.together or self.size == 1:
             return None
@@ -198,6 +216,7 @@ class Comm:
         """Rank 0 tells what comes next: one of the commands, and up to three numbers."""
         self._header[:] = 0
         self._header[: len(numbers)] = numbers
+        self._told_at = time.monotonic()
         self._wait(self.world.Ibcast(self._header, 0))
 
     def announce(self, data: np.ndarray, *numbers: int) -> None:
@@ -205,6 +224,7 @@ class Comm:
         that is what `settle` does. The others: next_command, then broadcast."""
         header = np.zeros_like(self._header)
         header[: len(numbers)] = numbers
+        self._told_at = time.monotonic()
         for array in (header, data.copy()):
             self._unsettled.append((self.world.Ibcast(array, 0), array))
 
@@ -214,9 +234,9 @@ class Comm:
             self._wait(request)
         self._unsettled.clear()
 
-    def next_command(self, watched: bool) -> list[int]:
-        """What rank 0 tells. watched: it has to come in time."""
-        self._wait(self.world.Ibcast(self._header, 0), watched)
+    def next_command(self) -> list[int]:
+        """What rank 0 tells."""
+        self._wait(self.world.Ibcast(self._header, 0))
         return [int(number) for number in self._header]
 
     def broadcast(self, array: np.ndarray) -> None:
@@ -228,12 +248,60 @@ class Comm:
         self._wait(self.world.Ibarrier())
 
     def exchange(self, text: str) -> list[str]:
-        """What every rank says, by rank; each may take as long as it likes."""
+        """What every rank says, by rank."""
         mine, all_of_them = np.zeros(REPORT, np.uint8), np.zeros((self.size, REPORT), np.uint8)
         data = np.frombuffer(text.encode()[:REPORT], np.uint8)
         mine[: len(data)] = data
-        self._wait(self.world.Iallgather(mine, all_of_them), watched=False)
+        self._wait(self.world.Iallgather(mine, all_of_them))
         return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in all_of_them]
+
+    # Signs of life.
+
+    def beat_when_silent(self) -> None:
+        """Rank 0 beats whenever it has told the others nothing for a while, until it tells them to end."""
+        threading.Thread(target=self._beat_when_silent, name="rill-beat", daemon=True).start()
+
+    def _beat_when_silent(self) -> None:
+        while True:
+            time.sleep(self.patience / 4)
+            with self._turn:
+                if self.ended:
+                    return
+                if time.monotonic() - self._told_at > self.patience / 4:
+                    self.command(BEAT)
+                    self.beat()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """What takes as long as it takes, without MPI: meanwhile a thread tells the others that this rank is alive."""
+        over = threading.Event()
+        teller = threading.Thread(target=self._tell_of_life, args=(over,), name="rill-alive", daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
+
+    def _tell_of_life(self, over: threading.Event) -> None:
+        while not over.wait(self.patience / 4):
+            for rank in self.others:
+                self.note(rank, ALIVE)
+
+    def note(self, rank: int, tag: int, number: int = 0) -> None:
+        """Sends a number, and does not wait until it is read."""
+        self._sent = [sent for sent in self._sent if not sent[0].Test()]
+        data = np.array([number], np.int64)
+        self._sent.append((self.notes.Isend(data, rank, tag), data))
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """MPI's own calls that wait for all: the others have to come in time."""
+        self._waits.since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waits.since = None
 
     # The end.
 
@@ -250,37 +318,37 @@ class Comm:
         self.world.Abort(1)
         os._exit(1)
 
-    def _wait(
-        self, request: Any, watched: bool = True, status: Any = None, meanwhile: Callable[[], None] | None = None
-    ) -> None:
+    def _wait(self, request: Any, status: Any = None, meanwhile: Callable[[], None] | None = None) -> None:
         """Looks again and again, later on with sleeps in between, the longer the longer it takes."""
         since, looks = time.monotonic(), 0
         most_looks = LOOKS_IF_CROWDED if self.sharing > self._cores else LOOKS
-        self._waits.since = since if watched else None
+        self._waits.since = since
         while not request.Test(status):
             looks += 1
             if meanwhile:
                 meanwhile()
             if looks > most_looks:
                 time.sleep(min((time.monotonic() - since) / 16, MOST_SLEEP))
-                if watched and self.notes is not None:
-                    self._hear_of_life()
+                self._hear_of_life()
         self._waits.since = None
 
     def _hear_of_life(self) -> None:
-        """Waits anew if a stage that is at work has let this rank know."""
+        """Waits anew if a rank that is at work has let this one know."""
         while self.notes.Iprobe(self.mpi.ANY_SOURCE, ALIVE):
             self.notes.Recv(np.zeros(1, np.int64), self.mpi.ANY_SOURCE, ALIVE)
             self._waits.since = time.monotonic()
 
     def _watch(self) -> None:
-        """Ends this process when it has waited for too long; its launcher ends the others."""
-        while True:
-            time.sleep(self.patience / 10)
+        """Ends this process when it has waited for too long; its launcher ends the others. Counts looks, not time, so
+        that time in which this process was stopped, too, does not count."""
+        looks, last = 0, None
+        while looks <= LOOKS_OF_PATIENCE:
+            time.sleep(self.patience / LOOKS_OF_PATIENCE)
             since = self._waits.since
-            if since is not None and time.monotonic() - since > self.patience:
-                self._say(f"another rank has not answered for {self.patience:g} seconds")
-                os._exit(1)
+            looks = looks + 1 if since is not None and since == last else 0
+            last = since
+        self._say(f"another rank has not answered for {self.patience:g} seconds")
+        os._exit(1)
 
     def _say(self, message: str) -> None:
         sys.stderr.write(f"rill: rank {self.rank}: {message}\n")

@@ -39,6 +39,7 @@ def enter() -> Comm | None:
         for rank, arguments in enumerate(started):
             if arguments != started[0]:
                 raise UsageError(f"rank {rank} was started with other arguments than rank 0: {arguments}")
+        comm.beat_when_silent()
     return comm
 
 
@@ -71,7 +72,7 @@ def follow(comm: Comm) -> NoReturn:
     runners: dict[int, Runner] = {}
     try:
         while True:
-            command, *numbers = comm.next_command(watched=bool(runners))
+            command, *numbers = comm.next_command()
             if command == END:
                 break
             elif command == OPEN:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import time
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 from engine.device import Cancelled, TokenError
 from engine.ranks.comm import ALIVE, Comm
-from engine.ranks.split import Split, Stage
+from engine.ranks.split import Stage
 
 ROWS, STOPPED, BAD_TOKEN = range(3)  # the tag of a message from stage to stage
 STOP = ALIVE + 1  # the tag of a note: steps up to this number are to stop
@@ -35,22 +34,18 @@ class Stages(Comm):
     """This rank's stage, and its way to those before and after."""
 
     def __init__(self, everyone: Comm, tp: int, pp: int) -> None:
-        if everyone.notes is None:
-            everyone.notes = everyone.world.Dup()
         vars(self).update(vars(everyone))
-        self.line = everyone.world.Dup()
         self.leads = everyone.rank == 0
         block = everyone.rank // tp
-        self.world = everyone.world.Split(block, everyone.rank)
-        self.rank, self.size = int(self.world.rank), int(self.world.size)
-        self.window = self._open_window()
-        self.split, self.stage = Split(self.rank, self.size), Stage((block - 1) % pp, pp)
+        with everyone.meeting():
+            self.line = everyone.world.Dup()
+            self.share(everyone.world.Split(block, everyone.rank))
+        self.stage = Stage((block - 1) % pp, pp)
         self.before, self.after = ((block + way) % pp * tp for way in (-1, 1))
-        self.others = [rank for rank in range(everyone.size) if rank != everyone.rank]
         self.first_ranks = range(tp, everyone.size, tp)  # of all stages but the last
         self.told = self.begun = self.stop_until = 0
         self._shown = time.monotonic()
-        self._sent: list[tuple[Any, np.ndarray]] = []  # notes that may be on their way
+        self._sent = []
 
     # What a plan's collectives do.
 
@@ -98,7 +93,7 @@ class Stages(Comm):
         if self.leads and self.stopped and self.stop_until < self.told:
             self.stop_until = self.told
             for rank in self.first_ranks:
-                self._note(rank, STOP, self.told)
+                self.note(rank, STOP, self.told)
 
     def _hear_of_stop(self) -> None:
         while self.notes.Iprobe(0, STOP):
@@ -111,9 +106,4 @@ class Stages(Comm):
         if self.rank == 0 and time.monotonic() - self._shown > self.patience / 4:
             self._shown = time.monotonic()
             for rank in self.others:
-                self._note(rank, ALIVE)
-
-    def _note(self, rank: int, tag: int, number: int = 0) -> None:
-        self._sent = [sent for sent in self._sent if not sent[0].Test()]
-        note = np.array([number], np.int64)
-        self._sent.append((self.notes.Isend(note, rank, tag), note))
+                self.note(rank, ALIVE)
