@@ -26,7 +26,7 @@ examples:
   rill MODEL --chat                            a conversation: Ctrl-C stops a reply, Ctrl-D ends
 
 Sampling options that are not given come from the model's generation_config.json. RILL_ISA and
-OMP_NUM_THREADS count where --isa and --threads are not given.
+OMP_NUM_THREADS count where --isa and --threads are not given. OMP_PROC_BIND=true binds each thread to a core.
 
 exit status: 0 done, 1 failed, 2 misused, 130 stopped by Ctrl-C."""
 

@@ -14,6 +14,7 @@ import cffi
 import ml_dtypes
 import numpy as np
 
+from engine import machine
 from engine.errors import RillError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def open_library(isa: str) -> Any:
     path = LIBRARIES / f"libengine_{isa}.so"
     if not path.exists():
         raise RillError(f"{path.name} is not built: run `make native` (or reinstall with a C compiler)")
+    machine.allowed_cpus()
     library = ffi.dlopen(str(path), ffi.RTLD_NOW | ffi.RTLD_LOCAL)
     for name in ffi.list_types()[1]:
         if name != "worker" and library.struct_size(name.encode()) != ffi.sizeof(f"struct {name}"):

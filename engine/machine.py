@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
+
+
+@cache
+def allowed_cpus() -> frozenset[int]:
+    """CPUs that this process may run on, as it was when first asked: before OpenMP, where OMP_PROC_BIND is set,
+    binds the thread that loads it."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def available_cores() -> int:
     """Threads that can run at once without sharing a core: the least of the affinity mask, the container's CPU quota
     and the physical cores."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return max(1, min(len(allowed), _quota(), _physical_cores(set(allowed))))
+    return max(1, min(len(allowed_cpus()), _quota(), _physical_cores(allowed_cpus())))
 
 
 def _quota() -> int:
@@ -30,7 +37,7 @@ def _quota() -> int:
     return max(1, -(-int(limit) // int(period)))
 
 
-def _physical_cores(cpus: set[int]) -> int:
+def _physical_cores(cpus: frozenset[int]) -> int:
     """Distinct cores among these CPUs: hyper-threads of one core share its arithmetic units."""
     siblings = set()
     for cpu in cpus:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -120,6 +122,30 @@ def test_absurd_numbers_of_threads_are_refused(threads: int) -> None:
 def test_the_choice_is_said_once() -> None:
     device = open_device("cpu", isa="baseline", threads=2)
     assert device.description == "baseline (asked for), 2 threads (asked for)"
+
+
+BOUND = """
+import os
+from engine import LLM
+for _ in range(2):
+    with LLM("models/tiny-qwen3") as llm:
+        llm.logits([1])
+        print(llm.device.threads)
+        masks = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+print(sorted(min(mask) for mask in masks if len(mask) == 1))
+"""
+
+
+@pytest.mark.skipif(machine.available_cores() < 2 or not hasattr(os, "sched_getaffinity"), reason="takes two cores")
+def test_openmp_binds_threads_to_cores_and_all_cores_stay_in_use() -> None:
+    """The thread that loads OpenMP is bound at once. That does not make one core of this process's."""
+    environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-c", BOUND]
+    out = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True).stdout
+    first, second, bound = out.splitlines()
+    assert first == second == str(machine.available_cores())
+    assert set(machine.allowed_cpus()) >= set(json.loads(bound)) and len(set(json.loads(bound))) >= 2, bound
 
 
 # Packed weights.

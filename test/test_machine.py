@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ Files = Callable[[dict[str, str]], None]
 def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Files:
     """Makes machine.py read these files, by absolute path, and no others; eight CPUs are allowed."""
     monkeypatch.setattr(machine, "Path", lambda path: tmp_path / str(path).lstrip("/"))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(machine, "allowed_cpus", lambda: frozenset(range(8)))
 
     def write(files: dict[str, str]) -> None:
         for path, text in files.items():

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from engine.errors import RillError, UsageError
-from engine.machine import available_cores
+from engine.machine import allowed_cpus, available_cores
 from engine.ranks.split import Split, Stage
 from engine.ranks.window import Window
 
@@ -140,7 +140,7 @@ class Comm:
     def _neighbours(self) -> tuple[int, int]:
         machine = self.world.Split_type(self.mpi.COMM_TYPE_SHARED)
         mine = np.zeros(CPUS, np.uint8)
-        mine[list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]] = 1
+        mine[list(allowed_cpus()) if hasattr(os, "sched_getaffinity") else [0]] = 1
         masks = np.zeros((machine.size, CPUS), np.uint8)
         machine.Allgather(mine, masks)
         return int(machine.size), int((masks & mine).any(axis=1).sum())
@@ -202,7 +202,7 @@ class Comm:
         """What to say where the launcher has given ranks of this machine cores of their own."""
         if self.sharing == self.local or not hasattr(os, "sched_getaffinity"):
             return ""
-        return f", bound to {len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs by the launcher"
+        return f", bound to {len(allowed_cpus())} of {os.cpu_count()} CPUs by the launcher"
 
     @contextmanager
     def turn(self) -> Iterator[None]:
