@@ -315,9 +315,10 @@ class Runner:
     def search(self, rows: range) -> str:
         """first_not_finite, on every rank. Of the ranks of a stage, the one counts that sees it first."""
         found: list[tuple[int, int, str]] = []  # stage, node, its name
+        assert self.plan.program
         try:
             for i, node in enumerate(self.plan.nodes[: self.head + 1]):
-                self.plan.run(i, i + 1)
+                self.plan.program.run(i, i + 1)  # as no part of a profile: stages have not as many nodes
                 if not found and any(self._not_finite(tensor, rows) for tensor in node.written):
                     found.append((self.stage.index, i, label_of(self.plan.nodes, i)))
         except Cancelled as error:

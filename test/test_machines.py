@@ -35,7 +35,7 @@ def traffic():
     numbers = device.partition(":")[2].split()
     return int(numbers[0]), int(numbers[8])  # bytes that came, bytes that went
 
-llm = LLM(sys.argv[1], threads=1, dtype="float32")
+llm = LLM(sys.argv[1], threads=1, dtype="float32", pp=int(sys.argv[2]))
 llm.generate([9, 8, 7], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
 with llm.profile() as profile:
     before, begin, found = traffic(), time.perf_counter(), []
@@ -54,10 +54,11 @@ def place() -> None:
         pytest.skip(reason)
 
 
-def run(directory: Path, delay: float) -> dict[str, Any]:
+def run(directory: Path, delay: float, pp: int = 1) -> dict[str, Any]:
     with machines(directory, delay) as both:
         launch = [str(MPIEXEC), "-launcher", "ssh", "-launcher-exec", str(both.launcher), "-hosts", ",".join(ADDRESSES)]
-        command = both.command([*launch, "-n", "2", sys.executable, "-m", "mpi4py", "-c", PROGRAM, str(MODEL)])
+        program = [sys.executable, "-m", "mpi4py", "-c", PROGRAM, str(MODEL), str(pp)]
+        command = both.command([*launch, "-n", "2", *program])
         # UCX (MPICH) would find the memory that both machines have; libfabric takes what is named.
         status, out, err = finish(spawn(command, UCX_TLS="tcp,self", FI_PROVIDER="tcp"))
         assert status == 0, err
@@ -108,6 +109,20 @@ def test_a_delay_is_found_and_the_forecast_counts_it(far: dict[str, Any]) -> Non
     one, two, four, *_ = decode["forecast"]
     assert one["communication"] == 0 and two["communication"] >= (SUMS + 1) * DELAY / 2
     assert four["communication"] >= 1.5 * two["communication"], "twice as many rounds"
+
+
+def test_a_delay_between_stages_is_a_messages_way_and_the_way_of_a_step(tmp_path: Path) -> None:
+    """Rank 1 hears of a step, and rank 0 gets its rows, each as late as that."""
+    found = run(tmp_path, DELAY, pp=2)
+    line, decode = found["cost"]["line"], found["cost"]["phases"]["decode"]
+    way = line["boundaries"][0]["latency"]
+    assert way >= DELAY and way + line["told"]["latency"] >= 2 * DELAY
+    for communication, waiting in zip(decode["communication"], decode["waiting"], strict=True):
+        assert communication + waiting >= 1.5 * DELAY * DECODED
+    assert decode["communication"][0] >= DELAY * DECODED, "of a row, which rank 0 receives"
+    one, two, four = decode["forecast"]
+    assert one["communication"] == 0 and two["communication"] >= 2 * DELAY
+    assert four["communication"] >= two["communication"] + 2 * way
 
 
 def test_nothing_is_left(tmp_path: Path) -> None:

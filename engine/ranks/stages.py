@@ -51,16 +51,24 @@ class Stages(Comm):
 
     def send(self, x: np.ndarray, pending: np.ndarray) -> None:
         """The next stage gets x + pending."""
-        x += pending
-        if self.rank == 0:
-            self._wait(self.line.Isend(x, self.after, ROWS))
+        self.send_to(self.after, x, pending)
 
     def receive(self, x: np.ndarray) -> None:
         """x becomes what the stage before sends. Raises what has stopped that one."""
+        self.receive_from(self.before, x)
+
+    def send_to(self, rank: int, x: np.ndarray, pending: np.ndarray) -> None:
+        """The stage of which that rank is the first gets x + pending."""
+        x += pending
+        if self.rank == 0:
+            self._wait(self.line.Isend(x, rank, ROWS))
+
+    def receive_from(self, rank: int, x: np.ndarray) -> None:
+        """As receive, from the stage of which that rank is the first."""
         came = np.zeros(2, np.int32)
         if self.rank == 0:
             status = self.mpi.Status()
-            message = self.line.Irecv(x, self.before, self.mpi.ANY_TAG)
+            message = self.line.Irecv(x, rank, self.mpi.ANY_TAG)
             self._wait(message, status=status, meanwhile=self._pass_stop_on)
             came[:] = status.Get_tag(), x.reshape(-1)[:1].view(np.int32)[0]
         if self.size > 1:
