@@ -11,7 +11,7 @@ import numpy as np
 
 from demo.methods import threads_of
 from engine import LLM
-from engine.device.cpu import reserve
+from engine.cpu.huge_pages import reserve
 
 
 def load_rates(open_llm: Callable[[], LLM], rounds: int) -> tuple[LLM, list[float], list[float]]:

@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 
 from engine import abi
-from engine.device import cpu
+from engine.cpu import huge_pages
 
 PAGE = 4096
 
@@ -23,11 +23,11 @@ def guard_memory() -> None:
         return
     poison, unpoison = process.__asan_poison_memory_region, process.__asan_unpoison_memory_region
     poison.argtypes = unpoison.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    reserve = cpu.reserve
+    reserve = huge_pages.reserve
 
     def reserve_between_zones(size: int) -> np.ndarray:
         size = max(int(size), 1)
-        zone = cpu.HUGE_PAGE if size >= cpu.HUGE_PAGE else PAGE  # keeps the alignment
+        zone = huge_pages.HUGE_PAGE if size >= huge_pages.HUGE_PAGE else PAGE  # keeps the alignment
         memory = reserve(size + 2 * zone)
         start = abi.address(memory)
         poison(start, zone)
@@ -38,4 +38,4 @@ def guard_memory() -> None:
         weakref.finalize(owner, unpoison, start, memory.size)  # the addresses will be somebody else's
         return memory[zone:-zone]
 
-    cpu.reserve = reserve_between_zones
+    huge_pages.reserve = reserve_between_zones

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from engine import abi, machine
 from engine.abi import BFLOAT16, FLOAT16, FLOAT32
+from engine.cpu.huge_pages import ALIGNMENT, HUGE_PAGE, reserve
 from engine.device import cpu, device_types, open_device
 from engine.errors import RillError, UsageError
 from engine.layer import Weight, matrix, vector
@@ -262,16 +263,16 @@ def test_any_stack_of_parts(parts: list[tuple[int, np.dtype]], inputs: int, seed
 
 @pytest.mark.parametrize("size", [0, 1, 4096, (2 << 20) - 1, 2 << 20, (2 << 20) + 1, 5_000_000])
 def test_reserved_memory_is_aligned_zeroed_and_writable(size: int) -> None:
-    memory = cpu.reserve(size)
+    memory = reserve(size)
     assert memory.nbytes == max(size, 1) and not memory.any()
-    assert abi.address(memory) % (cpu.HUGE_PAGE if size >= cpu.HUGE_PAGE else cpu.ALIGNMENT) == 0
+    assert abi.address(memory) % (HUGE_PAGE if size >= HUGE_PAGE else ALIGNMENT) == 0
     memory[:] = 1
     memory[-1] = 2
 
 
 def test_reserved_memory_is_not_taken_before_it_is_touched() -> None:
     before = machine.peak_memory()
-    memory = cpu.reserve(1 << 34)
+    memory = reserve(1 << 34)
     memory[:: 1 << 32] = 1
     assert machine.peak_memory() - before < 100 << 20
 

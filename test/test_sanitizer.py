@@ -15,11 +15,11 @@ import sys
 import numpy as np
 from sanitizer import guard_memory
 from engine import abi
-from engine.device import cpu
+from engine.cpu import huge_pages
 
 guard_memory()
 width = int(sys.argv[1])
-packed, row = cpu.reserve(4 * abi.constants.PANEL * 4), np.zeros(width, np.float32)
+packed, row = huge_pages.reserve(4 * abi.constants.PANEL * 4), np.zeros(width, np.float32)
 pointers = [abi.ffi.cast(kind, abi.address(array)) for kind, array in (("void *", packed), ("float *", row))]
 library = abi.open_library("baseline")
 library.unpack_matrix(pointers[0], abi.constants.DTYPE_F32, 0, width, 0, 1, pointers[1])

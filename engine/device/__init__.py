@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine import abi
 from engine.errors import RillError, UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +40,17 @@ class NotFiniteError(RillError):
 
 class Cancelled(Exception):
     """The replay was stopped by Device.cancel; its step did not happen."""
+
+
+def failure(status: int, detail: int) -> Exception:
+    """The exception for a status of abi.h."""
+    if status == abi.constants.STATUS_CANCELLED:
+        return Cancelled()
+    if status == abi.constants.STATUS_TOKEN:
+        return TokenError(detail)
+    if status == abi.constants.STATUS_NOT_FINITE:
+        return NotFiniteError(detail)
+    return RillError(f"native status {status}, detail {detail}")
 
 
 class Program(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine import abi, machine
-from engine.device import Cancelled, Device, NotFiniteError, Program, Progress, TokenError
+from engine.cpu import huge_pages
+from engine.cpu.huge_pages import ALIGNMENT
+from engine.cpu.program import NativeProgram, check_not_forked
+from engine.device import Device, Program, Progress
 from engine.errors import RillError, UsageError
 from engine.files.packed_cache import cache_name, read_cached, write_cached
 from engine.pages import pack_cache, unpack_cache
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from engine.plan import Plan, Tensor
     from engine.quantised import QuantisedMatrix
 
-HUGE_PAGE = 2 << 20
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 SLICE = 4096  # rows of a matrix that the oracle sees unpacked at once
 DECODED = 2 << 20  # bytes of float32 that are decoded at once, where a file's weights have to be
 
@@ -90,7 +90,7 @@ class CPUDevice(Device):
         self.description = f"{isa}, {threads} threads"
         self.library = abi.open_library(isa)
         self.control = abi.ffi.new("struct control *")
-        self.arena = reserve(1)  # the weights of the last load, one after another
+        self.arena = huge_pages.reserve(1)  # the weights of the last load, one after another
         self.notes = []
 
     # Storage. A dense tensor's is an ndarray of its logical shape, any other's the bytes that the kernels read.
@@ -98,9 +98,9 @@ class CPUDevice(Device):
     def allocate(self, tensors: Sequence[Tensor]) -> None:
         if tensors[0].layout == "cache":
             for tensor in tensors:
-                tensor.storage = reserve(self._cache_bytes(tensor))
+                tensor.storage = huge_pages.reserve(self._cache_bytes(tensor))
             return
-        buffer = reserve(max(np.prod(t.shape, dtype=np.int64) * t.dtype.itemsize for t in tensors))
+        buffer = huge_pages.reserve(max(np.prod(t.shape, dtype=np.int64) * t.dtype.itemsize for t in tensors))
         for tensor in tensors:
             count = int(np.prod(tensor.shape, dtype=np.int64))
             tensor.storage = buffer[: count * tensor.dtype.itemsize].view(tensor.dtype).reshape(tensor.shape)
@@ -125,7 +125,7 @@ class CPUDevice(Device):
     def _place(self, weights: Sequence[Weight]) -> int:
         """Gives all weights their memory, one after another. Returns how much that is."""
         sizes = [self.weight_bytes(weight) for weight in weights]
-        self.arena, start = reserve(sum(sizes)), 0
+        self.arena, start = huge_pages.reserve(sum(sizes)), 0
         for weight, size in zip(weights, sizes, strict=True):
             memory = self.arena[start : start + size]
             start += size
@@ -274,85 +274,6 @@ class CPUDevice(Device):
 
     def cancel(self, flag: bool) -> None:
         self.control.cancel = flag
-
-
-class NativeProgram(Program):
-    """The addresses of functions and argument structs, in order, and the scratch memory they share."""
-
-    def __init__(self, device: CPUDevice, plan: Plan) -> None:
-        self.device = device
-        library, ffi = device.library, abi.ffi
-        own = [(i, node) for i, node in enumerate(plan.nodes) if not node.op.collective]
-        self.structs = [abi.fill_struct(node, device.pointer) for _, node in own]  # keeps them alive
-        self.nodes = ffi.new("struct node[]", max(1, len(plan.nodes)))
-        scratch = 1
-        for (i, node), struct in zip(own, self.structs, strict=True):
-            entry = self.nodes[i]
-            entry.run = ffi.cast(entry_type(), ffi.addressof(library, node.op.name))
-            entry.op = struct
-            if measure := getattr(library, f"{node.op.name}_scratch", None):
-                rows = max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
-                scratch = max(scratch, measure(struct, device.threads, rows))
-        self.scratch = reserve(scratch)
-        self.scratch_pointer = ffi.cast("void *", abi.address(self.scratch))
-
-    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
-        device = self.device
-        check_not_forked()
-        filled = abi.ffi.NULL if times is None else abi.ffi.cast("struct node_times *", abi.address(times))
-        status = device.library.plan_run(self.nodes + first, last - first, device.threads, device.control,
-                                         self.scratch_pointer, filled)  # fmt: skip
-        if status:
-            raise failure(status, device.control.detail)
-
-
-_thread_owner: int | None = None  # the process that has started OpenMP's threads
-
-
-def check_not_forked() -> None:
-    """Raises RillError in a child of a process that has used the engine: OpenMP would wait for ever for
-    threads that the child does not have, even with a device of its own."""
-    global _thread_owner
-    if _thread_owner is None:
-        _thread_owner = os.getpid()
-    if os.getpid() != _thread_owner:
-        raise RillError("this process was forked after the engine had started its threads: use the engine in the "
-                        "child only, or start it with the spawn method")  # fmt: skip
-
-
-def entry_type() -> Any:
-    return abi.ffi.typeof("struct node").fields[0][1].type
-
-
-def failure(status: int, detail: int) -> Exception:
-    """The exception for a status of abi.h."""
-    if status == abi.constants.STATUS_CANCELLED:
-        return Cancelled()
-    if status == abi.constants.STATUS_TOKEN:
-        return TokenError(detail)
-    if status == abi.constants.STATUS_NOT_FINITE:
-        return NotFiniteError(detail)
-    return RillError(f"native status {status}, detail {detail}")
-
-
-def reserve(size: int) -> np.ndarray:
-    """Zeroed bytes in huge pages where the system has them. Memory is taken when first touched, not before."""
-    flags: dict[str, Any] = {}
-    if hasattr(mmap, "MAP_NORESERVE"):
-        flags["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
-    elif hasattr(mmap, "MAP_PRIVATE"):
-        flags["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    size = max(int(size), 1)
-    large = size >= HUGE_PAGE
-    region = mmap.mmap(-1, size + (HUGE_PAGE if large else ALIGNMENT), **flags)
-    if large and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            region.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without transparent huge pages: slower, not wrong
-    memory = np.frombuffer(region, np.uint8)
-    start = -abi.address(memory) % (HUGE_PAGE if large else ALIGNMENT)
-    return memory[start : start + size]
 
 
 def slices(weight: Weight) -> Iterator[tuple[int, int]]:

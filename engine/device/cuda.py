@@ -13,8 +13,7 @@ from engine.cuda import launches
 from engine.cuda.device_array import Allocation, DeviceArray
 from engine.cuda.driver import open_driver
 from engine.cuda.launches import Launch, row_bytes
-from engine.device import Cancelled, Device, Program, Progress
-from engine.device.cpu import failure
+from engine.device import Cancelled, Device, Program, Progress, failure
 from engine.errors import RillError, UsageError
 from engine.int8 import Int8Array, dequantise, quantise
 

@@ -1,0 +1,1 @@
+"""What the CPU device needs: memory, and a plan as one native call."""

@@ -1,0 +1,65 @@
+"""A plan as the native library runs it: a list of functions and their arguments, handed over in one call."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine import abi
+from engine.cpu import huge_pages
+from engine.device import Program, failure
+from engine.errors import RillError
+
+if TYPE_CHECKING:
+    from engine.device.cpu import CPUDevice
+    from engine.plan import Plan
+
+
+class NativeProgram(Program):
+    """The addresses of functions and argument structs, in order, and the scratch memory they share."""
+
+    def __init__(self, device: CPUDevice, plan: Plan) -> None:
+        self.device = device
+        library, ffi = device.library, abi.ffi
+        own = [(i, node) for i, node in enumerate(plan.nodes) if not node.op.collective]
+        self.structs = [abi.fill_struct(node, device.pointer) for _, node in own]  # keeps them alive
+        self.nodes = ffi.new("struct node[]", max(1, len(plan.nodes)))
+        scratch = 1
+        for (i, node), struct in zip(own, self.structs, strict=True):
+            entry = self.nodes[i]
+            entry.run = ffi.cast(entry_type(), ffi.addressof(library, node.op.name))
+            entry.op = struct
+            if measure := getattr(library, f"{node.op.name}_scratch", None):
+                rows = max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
+                scratch = max(scratch, measure(struct, device.threads, rows))
+        self.scratch = huge_pages.reserve(scratch)
+        self.scratch_pointer = ffi.cast("void *", abi.address(self.scratch))
+
+    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
+        device = self.device
+        check_not_forked()
+        filled = abi.ffi.NULL if times is None else abi.ffi.cast("struct node_times *", abi.address(times))
+        status = device.library.plan_run(self.nodes + first, last - first, device.threads, device.control,
+                                         self.scratch_pointer, filled)  # fmt: skip
+        if status:
+            raise failure(status, device.control.detail)
+
+
+def entry_type() -> Any:
+    return abi.ffi.typeof("struct node").fields[0][1].type
+
+
+_thread_owner: int | None = None  # the process that has started OpenMP's threads
+
+
+def check_not_forked() -> None:
+    """Raises RillError in a child of a process that has used the engine: OpenMP would wait for ever for
+    threads that the child does not have, even with a device of its own."""
+    global _thread_owner
+    if _thread_owner is None:
+        _thread_owner = os.getpid()
+    if os.getpid() != _thread_owner:
+        raise RillError("this process was forked after the engine had started its threads: use the engine in the "
+                        "child only, or start it with the spawn method")  # fmt: skip
