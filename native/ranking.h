@@ -5,8 +5,7 @@
 #ifndef RANKING_H
 #define RANKING_H
 
-#include <float.h>
-
+#include "drawing.h"
 #include "exponentials.h"
 
 enum { BLOCK = 128 }; /* ids that share one maximum */
@@ -108,21 +107,6 @@ static double weigh_all(struct row *row)
     return total;
 }
 
-/* A number that orders by logit, equal logits by lower id. */
-static uint64_t key_of(float logit, int64_t id)
-{
-    uint32_t bits;
-    logit += 0.0f; /* −0 becomes 0: they are equal */
-    memcpy(&bits, &logit, 4);
-    bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
-    return (uint64_t)bits << 32 | (uint32_t)~id;
-}
-
-static int32_t id_of(uint64_t key)
-{
-    return (int32_t)~(uint32_t)key;
-}
-
 static void sift_down(uint64_t *heap, int64_t count, int64_t at)
 {
     uint64_t key = heap[at];
@@ -156,7 +140,7 @@ static float lower_bound(struct row *row, int64_t n)
     if (n > row->blocks)
         return -FLT_MAX;
     for (int64_t b = 0; b < row->blocks; b++)
-        row->heap[b] = key_of(row->block_max[b], b);
+        row->heap[b] = key_of(row->block_max[b], (int32_t)b);
     heapify(row->heap, row->blocks);
     uint64_t key = 0;
     for (int64_t i = 0; i < n; i++)
@@ -175,7 +159,7 @@ static void sort_top(struct row *row, int64_t n)
         int64_t end = min_i64((b + 1) * BLOCK, row->count);
         for (int64_t i = b * BLOCK; i < end; i++)
             if (row->logits[i] >= bound)
-                row->heap[count++] = key_of(row->logits[i], i);
+                row->heap[count++] = key_of(row->logits[i], (int32_t)i);
     }
     heapify(row->heap, count);
     for (int64_t i = 0; i < n; i++) {

@@ -1,11 +1,7 @@
 /* The plan's last node: draws a token of each row of logits. A row is one thread's work from start to end, so its
  * token depends neither on the threads nor on the rows beside it. */
+#include "drawing.h"
 #include "ranking.h"
-
-enum {
-    FIRST_TRY = 64, /* tokens sorted before top_p is known to need more */
-    GROWTH = 16
-};
 
 static int64_t row_bytes(int64_t count)
 {
@@ -20,7 +16,7 @@ int64_t sample_scratch(const struct sample *op, int32_t threads, int32_t max_row
     return threads * row_bytes(op->vocab_size);
 }
 
-/* Divides positive and multiplies negative logits of distinct tokens by `repetition`, then takes `presence` away. */
+/* Penalises these tokens, each once. */
 static void penalise(struct row *row, const int32_t *token, int64_t count, float repetition, float presence)
 {
     memset(row->seen, 0, (size_t)((row->count + 63) / 64 * 8));
@@ -29,9 +25,7 @@ static void penalise(struct row *row, const int32_t *token, int64_t count, float
         if (id < 0 || id >= row->count || row->seen[id / 64] >> id % 64 & 1)
             continue;
         row->seen[id / 64] |= (uint64_t)1 << id % 64;
-        float x = row->penalised[id];
-        x = (x > 0 ? x / repetition : x * repetition) - presence;
-        row->penalised[id] = fminf(fmaxf(x, -FLT_MAX), FLT_MAX);
+        row->penalised[id] = penalised(row->penalised[id], repetition, presence);
     }
 }
 
@@ -45,23 +39,6 @@ static void apply_penalties(struct row *row, const struct sampling *s, const int
     penalise(row, history + s->prompt_length, s->history_length - s->prompt_length, 1, s->presence_penalty);
     row->logits = row->penalised;
     scan(row);
-}
-
-/* A number in [0, 1): 53 bits of Philox4x32-10 (Salmon et al., 2011) with the seed as key and the index as counter. */
-static double uniform(uint64_t seed, uint64_t index)
-{
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = 0, c3 = 0;
-    for (int round = 0; round < 10; round++) {
-        uint64_t product0 = (uint64_t)0xd2511f53 * c0, product2 = (uint64_t)0xcd9e8d57 * c2;
-        c0 = (uint32_t)(product2 >> 32) ^ c1 ^ key0;
-        c1 = (uint32_t)product2;
-        c2 = (uint32_t)(product0 >> 32) ^ c3 ^ key1;
-        c3 = (uint32_t)product0;
-        key0 += 0x9e3779b9;
-        key1 += 0xbb67ae85;
-    }
-    return (double)(((uint64_t)c0 << 32 | c1) >> 11) * 0x1p-53;
 }
 
 static int32_t argmax(const struct row *row)

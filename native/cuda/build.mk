@@ -11,7 +11,7 @@ LIBRARIES ?= engine/_native
 BUILD := build/cuda
 SOURCES := $(wildcard native/cuda/*.cu)
 NAMES := $(notdir $(SOURCES:.cu=))
-HEADERS := $(wildcard native/cuda/*.h native/cuda/*.cuh) native/abi.h
+HEADERS := $(wildcard native/cuda/*.h native/cuda/*.cuh) native/abi.h native/drawing.h
 
 .PHONY: cuda emulation
 .DELETE_ON_ERROR:

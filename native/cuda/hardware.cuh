@@ -8,7 +8,6 @@
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
-DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 DEVICE float f16_to_f32(uint16_t x)
 {

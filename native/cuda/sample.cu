@@ -1,11 +1,7 @@
-/* Draws a token of each row of logits, a block for each row, by the rules and the generator of native/sample.c. Masses
- * of tokens add up in float64, in a fixed order. */
+/* Draws a token of each row of logits, a block for each row, as native/sample.c does. Masses of tokens add up in
+ * float64, in a fixed order. */
 #include "common.cuh"
-
-enum {
-    FIRST_TRY = 64, /* tokens sorted before top_p is known to need more */
-    GROWTH = 16
-};
+#include "drawing.h"
 
 /* A row and its scratch memory. A weight is e^((logit - max) / temperature). */
 struct row {
@@ -29,14 +25,6 @@ template <class T> DEVICE T from_first(T x)
     return shared;
 }
 
-/* Orders by logit, equal ones by lower id. */
-DEVICE uint64_t key_of(float logit, int id)
-{
-    uint32_t bits = float_to_bits(logit + 0.0f); /* -0 becomes 0: they are equal */
-    bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
-    return (uint64_t)bits << 32 | (uint32_t)~id;
-}
-DEVICE int id_of(uint64_t key) { return (int)~(uint32_t)key; }
 DEVICE float weight_of(const struct row &row, int id)
 {
     return expf((row.logits[id] - row.max) * row.inverse_temperature);
@@ -71,7 +59,7 @@ DEVICE int argmax(const struct row &row)
     return best;
 }
 
-/* Divides positive and multiplies negative logits of distinct tokens by `repetition`, then takes `presence` away. */
+/* Penalises these tokens, each once. */
 DEVICE void penalise(struct row &row, const int32_t *token, int count, float repetition, float presence)
 {
     for (int i = threadIdx.x; i < (row.count + 31) / 32; i += blockDim.x)
@@ -81,9 +69,7 @@ DEVICE void penalise(struct row &row, const int32_t *token, int count, float rep
         int id = token[i];
         if (id < 0 || id >= row.count || atomicOr(&row.seen[id / 32], 1u << id % 32) >> id % 32 & 1)
             continue;
-        float x = row.penalised[id];
-        x = (x > 0.0f ? x / repetition : x * repetition) - presence;
-        row.penalised[id] = fminf(fmaxf(x, -FLT_MAX), FLT_MAX);
+        row.penalised[id] = penalised(row.penalised[id], repetition, presence);
     }
     __syncthreads();
 }
@@ -99,23 +85,6 @@ DEVICE void apply_penalties(struct row &row, const struct sampling &s, const int
     penalise(row, history + s.prompt_length, s.history_length - s.prompt_length, 1.0f, s.presence_penalty);
     row.logits = row.penalised;
     scan(row);
-}
-
-/* A number in [0, 1): 53 bits of Philox4x32-10 (Salmon et al., 2011) with the seed as key and the index as counter. */
-DEVICE double uniform(uint64_t seed, uint64_t index)
-{
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = 0, c3 = 0;
-    for (int round = 0; round < 10; round++) {
-        uint64_t product0 = (uint64_t)0xd2511f53 * c0, product2 = (uint64_t)0xcd9e8d57 * c2;
-        c0 = (uint32_t)(product2 >> 32) ^ c1 ^ key0;
-        c1 = (uint32_t)product2;
-        c2 = (uint32_t)(product0 >> 32) ^ c3 ^ key1;
-        c3 = (uint32_t)product0;
-        key0 += 0x9e3779b9;
-        key1 += 0xbb67ae85;
-    }
-    return (double)(((uint64_t)c0 << 32 | c1) >> 11) * 0x1p-53;
 }
 
 /* Weighs all tokens, a warp for each group; returns the sum. */
