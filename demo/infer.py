@@ -153,7 +153,7 @@ def load(options: argparse.Namespace, progress: ProgressBar) -> tuple[LLM, Resol
     params = SamplingParams(**{"max_tokens": None, **given(options, SAMPLING_OPTIONS)})
     llm = LLM(find_model(options), options.tokenizer, max_batch=1, progress=progress,
               **given(options, LLM_OPTIONS))  # fmt: skip
-    for note in llm.device.notes:
+    for note in llm.device.notes + (llm.device.details if options.verbose else []):
         say(note)
     return llm, params.resolve(llm.generation_config)
 

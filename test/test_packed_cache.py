@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 
 import engine.layer
 from demo import infer
-from engine import LLM
-from engine.files.packed_cache import cache_directory, cache_name
+from engine import LLM, UsageError
+from engine.files.packed_cache import LAYOUT, cache_directory, cache_name, make_room
 
 IDS = [1, 7, 3, 9]
 
@@ -136,3 +137,109 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_directory() == tmp_path / ".cache" / "rill"
+
+
+# How much is kept.
+
+NAMES = [f"{digit * 40}.{LAYOUT}.weights" for digit in "abcd"]
+MB = 1_000_000
+
+
+def fill(home: Path, name: str, used: float, size: int = MB) -> Path:
+    """A file of the cache, used so many seconds ago."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / name).write_bytes(bytes(size))
+    os.utime(home / name, times=(time.time() - used,) * 2)
+    return home / name
+
+
+def kept(home: Path) -> list[str]:
+    return sorted(path.name for path in home.iterdir())
+
+
+def test_the_longest_unused_go_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, used in zip(NAMES, (30, 40, 10, 20), strict=True):
+        fill(home, name, used)
+    monkeypatch.setenv("RILL_CACHE_GB", "0.004")
+    assert make_room(NAMES[1], MB) == "" and len(kept(home)) == 4
+    monkeypatch.setenv("RILL_CACHE_GB", "0.003")
+    assert make_room("e" * 40 + ".2.weights", MB).endswith("of no use or unused for longest: 2 files, 0.002 GB")
+    assert kept(home) == [NAMES[1], NAMES[2]], "the one that was the oldest has been used since"
+
+
+def test_what_is_used_now_stays_whatever_the_limit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, other = fill(home, NAMES[0], 99), fill(home, NAMES[1], 1)
+    monkeypatch.setenv("RILL_CACHE_GB", "0")
+    assert make_room(NAMES[0], MB)
+    assert used.exists() and not other.exists()
+
+
+def test_older_layouts_and_what_was_never_finished_go(home: Path) -> None:
+    old, older = f"{'a' * 40}.{LAYOUT - 1}.weights", f"{'a' * 40}.weights"
+    stays = [f"{'a' * 40}.{LAYOUT + 1}.weights", NAMES[1], NAMES[2] + "xyz.part", "notes.txt", "b.weights"]
+    for name in (old, older, *stays):
+        fill(home, name, 60)
+    fill(home, NAMES[3] + "xyz.part", 25 * 3600)
+    assert "longest: 3 files, " in make_room(NAMES[1], MB)
+    assert kept(home) == sorted(stays)
+
+
+def test_links_are_left_alone(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = fill(tmp_path / "elsewhere", NAMES[0], 60)
+    before = outside.stat().st_mtime_ns
+    home.mkdir(parents=True)
+    (home / NAMES[0]).symlink_to(outside)
+    (home / NAMES[1]).symlink_to(outside)
+    (home / NAMES[2]).mkdir()
+    monkeypatch.setenv("RILL_CACHE_GB", "0")
+    assert make_room(NAMES[0], MB) == ""
+    assert len(kept(home)) == 3 and outside.stat().st_mtime_ns == before
+
+
+def test_two_processes_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other has removed between a look and the deed counts as removed by the other."""
+    for name, used in zip(NAMES, (30, 40, 10, 20), strict=True):
+        fill(home, name, used)
+    monkeypatch.setenv("RILL_CACHE_GB", "0.002")
+    unlink = Path.unlink
+
+    def twice(path: Path) -> None:
+        unlink(path)
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", twice)
+    assert make_room(NAMES[2], MB) == ""
+    assert kept(home) == [NAMES[2], NAMES[3]]
+
+
+def test_a_model_larger_than_the_limit_is_not_kept(model: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = fill(home, NAMES[0], 1, size=100)
+    monkeypatch.setenv("RILL_CACHE_GB", "1e-6")
+    with LLM(model, dtype="int8", max_seq_len=16, device="cpu") as llm:
+        assert len(llm.device.notes) == 1 and "GB that RILL_CACHE_GB allows" in llm.device.notes[0]
+    assert kept(home) == [other.name]
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "nan"])
+def test_another_limit_is_refused(model: Path, home: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("RILL_CACHE_GB", text)
+    with pytest.raises(UsageError, match=f"RILL_CACHE_GB '{text}': expected gigabytes, 0 or more"):
+        logits(model)
+    assert not home.exists()
+
+
+def test_what_was_removed_is_said_to_those_who_ask(model: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(model), "--raw", "-p", "a", "-n", "2", "--dtype", "int4"]
+    for options, times in (([], 0), (["--verbose"], 1)):
+        fill(home, "a" * 40 + ".weights", 1)
+        assert infer.main([*command, *options]) == 0
+        assert capsys.readouterr().err.count("longest: 1 file, ") == times
+        assert len(kept(home)) == 1
+
+
+def test_by_default_it_is_a_share_of_the_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(home, NAMES[0], 60), fill(home, NAMES[1], 61)
+    disk = shutil.disk_usage(home)._replace(total=8 * MB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    assert "longest: 1 file, " in make_room(NAMES[2], MB)
+    assert kept(home) == [NAMES[0]]

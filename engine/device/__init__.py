@@ -68,6 +68,7 @@ class Device(ABC):
     type: str
     description: str  # one phrase for people: what was chosen and why
     notes: list[str]  # and what else they should know, each a line
+    details: list[str]  # or may want to know
 
     @abstractmethod
     def allocate(self, tensors: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ from engine.cpu.huge_pages import ALIGNMENT
 from engine.cpu.program import NativeProgram, check_not_forked
 from engine.device import Device, Program, Progress
 from engine.errors import RillError, UsageError
-from engine.files.packed_cache import cache_name, read_cached, write_cached
+from engine.files.packed_cache import cache_name, make_room, read_cached, write_cached
 from engine.pages import pack_cache, unpack_cache
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class CPUDevice(Device):
         self.library = abi.open_library(isa)
         self.control = abi.ffi.new("struct control *")
         self.arena = huge_pages.reserve(1)  # the weights of the last load, one after another
-        self.notes = []
+        self.notes, self.details = [], []
 
     # Storage. A dense tensor's is an ndarray of its logical shape, any other's the bytes that the kernels read.
 
@@ -109,6 +109,8 @@ class CPUDevice(Device):
         check_not_forked()
         total = self._place(weights)
         kept = cache_name(weights) if cache and any(weight.group for weight in weights) else None
+        if kept and (removed := make_room(kept, total)):
+            self.details.append(removed)
         if kept and read_cached(kept, self.arena):
             if progress:
                 progress(total, total)

@@ -54,7 +54,7 @@ class CUDADevice(Device):
 
     def __init__(self, driver: Driver) -> None:
         self.driver, self.description = driver, driver.description
-        self.stop, self.notes = False, []
+        self.stop, self.notes, self.details = False, [], []
         self.control = DeviceArray(Allocation(driver, abi.ffi.sizeof("struct control")), (3,), np.dtype(np.int32))
         self.control[:] = 0
         self.mirrors: weakref.WeakKeyDictionary[Tensor, Mirror] = weakref.WeakKeyDictionary()

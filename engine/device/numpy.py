@@ -31,7 +31,7 @@ class NumPyDevice(Device):
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-        self.notes = []
+        self.notes, self.details = [], []
 
     def allocate(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:  # nothing shared: an oracle may be wasteful, not surprising

@@ -2,7 +2,8 @@
 
 A file holds what a device made of all weights, byte for byte. Its name says of what: a digest of the files that the
 weights come from (which file, its size, when it changed, where in it), of their shapes and formats, and of the version
-of the layout. Files are written beside their place and renamed; any may be deleted at any time.
+of the layout. Files are written beside their place and renamed; any may be deleted at any time. Before each use what is
+of no use any more is, and what has not been used for longest where there is too much.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.errors import UsageError
 from engine.layer import Weight
 from engine.ranks.split import Part
 
 LAYOUT = 2  # to be raised whenever packed matrices or quantisation change
 STEP = 64 << 20  # bytes read at once
+SHARE = 1 / 4  # of the disk, at most
+ABANDONED = 24 * 3600  # seconds after which nobody is writing a file any more
+NAME = re.compile(r"[0-9a-f]{40}(?:\.(?P<layout>[0-9]+))?\.weights(?P<unfinished>.*\.part)?")
 
 
 def cache_directory() -> Path:
@@ -40,7 +49,7 @@ def cache_name(weights: Sequence[Weight]) -> str:
     for weight in weights:
         origins = [_origin(source) for source in weight.sources]
         described.append([weight.name, weight.shape, weight.dtype.name, weight.group, origins])
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:40] + ".weights"
+    return f"{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:40]}.{LAYOUT}.weights"
 
 
 def _origin(source: Any) -> list[Any]:
@@ -56,6 +65,60 @@ def _origin(source: Any) -> list[Any]:
         origin += [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
                    part.offset, part.nbytes, part.dtype]  # fmt: skip
     return origin
+
+
+def cache_limit(directory: Path) -> float:
+    """Bytes that may be kept: RILL_CACHE_GB of 10⁹, by default a share of the disk. Raises UsageError, OSError."""
+    if not (text := os.environ.get("RILL_CACHE_GB", "")):
+        return shutil.disk_usage(directory).total * SHARE
+    try:
+        limit = float(text) * 1e9
+    except ValueError:
+        limit = -1
+    if not limit >= 0:
+        raise UsageError(f"RILL_CACHE_GB {text!r}: expected gigabytes, 0 or more")
+    return limit
+
+
+def make_room(name: str, size: int) -> str:
+    """Makes room for `size` bytes under a name, which counts as used now and stays. Removes files of older layouts,
+    what was never finished, and of all others those unused for longest, until they are within the limit. Other
+    processes may do so at the same time. Returns what was removed as a line, or nothing. Raises UsageError."""
+    try:
+        directory = cache_directory()
+        limit = cache_limit(directory)
+        found = sorted(_kept(directory), key=lambda kept: kept[1].st_mtime_ns, reverse=True)
+    except OSError:
+        return ""
+    room, removed = limit - (size if size <= limit else 0), []
+    for match, status in found:
+        path = directory / match.string
+        with suppress(OSError):  # another process was faster, or this one may not
+            if match.string == name:
+                os.utime(path)
+                continue
+            if match["unfinished"]:
+                goes = status.st_mtime < time.time() - ABANDONED
+            elif int(match["layout"] or 0) < LAYOUT:
+                goes = True
+            else:
+                room -= status.st_size
+                goes = room < 0
+            if goes:
+                path.unlink()
+                removed.append(status.st_size)
+    count = f"{len(removed)} file{'s' * (len(removed) > 1)}, {sum(removed) / 1e9:.3g} GB"
+    return f"{directory}: removed what was of no use or unused for longest: {count}" if removed else ""
+
+
+def _kept(directory: Path) -> Iterator[tuple[re.Match[str], os.stat_result]]:
+    """The cache's own files; what else there is, links above all, is none of its business."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            match = NAME.fullmatch(entry.name)
+            if match and entry.is_file(follow_symlinks=False):
+                with suppress(FileNotFoundError):
+                    yield match, entry.stat(follow_symlinks=False)
 
 
 def read_cached(name: str, memory: np.ndarray) -> bool:
@@ -80,6 +143,8 @@ def write_cached(name: str, memory: np.ndarray) -> str:
     try:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
+        if memory.nbytes > (limit := cache_limit(directory)):
+            return f"{memory.nbytes / 1e9:.1f} GB are more than the {limit / 1e9:.1f} GB that RILL_CACHE_GB allows"
         with tempfile.NamedTemporaryFile(dir=directory, prefix=name, suffix=".part", delete=False) as file:
             try:
                 file.write(memory.data)
