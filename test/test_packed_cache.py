@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from harness import cpu_devices
 
 import engine.layer
 from demo import infer
 from engine import LLM, UsageError
-from engine.files.packed_cache import LAYOUT, cache_directory, cache_name, make_room
+from engine.device.cpu import CPUDevice
+from engine.files.packed_cache import LAYOUT, cache_directory, cache_name, make_room, write_cached
+from engine.layer import matrix
+from engine.quantised import Format, QuantisedMatrix
 
 IDS = [1, 7, 3, 9]
 
@@ -137,6 +144,42 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_directory() == tmp_path / ".cache" / "rill"
+
+
+def test_a_disk_that_is_full_keeps_nothing_half_written(home: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # Python ignores the signal that comes with it
+    try:
+        said = write_cached(NAMES[0], np.ones(2 << 20, np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "too large" in said and kept(home) == []
+    assert write_cached(NAMES[0], np.ones(2 << 20, np.uint8)) == "" and kept(home) == [NAMES[0]]
+
+
+KINDS = ("int8", "int4", "uint8", "uint4", "float32", "bfloat16", "float16")
+LAYOUTS = {2: "7792ccf4c1e5688f240c4e84a30d428607aad6eb6f16d7fa03ecdb2b68fa5462"}
+
+
+def counted(kind: str, shape: tuple[int, int]) -> Any:
+    """A matrix of small whole numbers, the same on any machine: of a dtype, or quantised in groups of 32."""
+    numbers, dtype = np.arange(math.prod(shape)).reshape(shape) * 37 % 251, np.dtype(getattr(ml_dtypes, kind, kind))
+    if "int" not in kind:
+        return numbers.astype(dtype)
+    quants = (numbers % 16 if "4" in kind else numbers).astype(np.uint8)
+    scales = (numbers[:, ::32] + 1).astype(np.float16)
+    return QuantisedMatrix(Format(dtype, 32), quants, scales, scales + 7 if "u" in kind else None)
+
+
+def test_another_layout_has_another_number() -> None:
+    """What is kept is taken as it is. So where other bytes come of the same weights, LAYOUT has to be raised, and then
+    they have another digest here."""
+    weights = [matrix(kind, [counted(kind, shape)]) for kind in KINDS for shape in ((16, 128), (19, 77))]
+    for device in cpu_devices():
+        assert isinstance(device, CPUDevice)
+        device.load(weights)
+        assert LAYOUTS.get(LAYOUT) == hashlib.sha256(device.arena.tobytes()).hexdigest(), device.description
 
 
 # How much is kept.

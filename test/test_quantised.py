@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,10 @@ from harness import devices as every_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import LLM, RillError, SamplingParams, UsageError
+from engine import LLM, RillError, SamplingParams, UsageError, abi
 from engine.abi import BFLOAT16, INT4, INT8, UINT4, UINT8
 from engine.device import Device
+from engine.device.cpu import available_isas
 from engine.ops.embedding import Embedding
 from engine.ops.logits import Logits
 from engine.ops.matmul import Linear, matmul
@@ -22,6 +25,7 @@ from engine.verify import verify
 
 NAMES = ("int8", "int4", "int8-32", "int4-128")
 every_name = pytest.mark.parametrize("name", NAMES)
+PANEL = abi.constants.PANEL
 LIMIT = 1e-10  # the rounding of inputs is part of the meaning
 QWEN3 = Path(__file__).parent.parent / "models" / "tiny-qwen3"
 
@@ -170,6 +174,43 @@ def test_the_largest_dots(dtype: np.dtype, group: int) -> None:
             assert_close(Linear([matrix], device=device).forward(x), exact, LIMIT, device.description)
 
 
+def packed_panels(matrix: QuantisedMatrix) -> np.ndarray:
+    """A packed matrix as native/quantised.h describes it: blocks of a head of float16 and lines of quads."""
+    (rows, inputs), group, four_bits = matrix.shape, matrix.group, matrix.dtype in (INT4, UINT4)
+    together = 1 if matrix.minimums is not None else 2  # groups to a block
+    panels, blocks = -(-rows // PANEL), -(-inputs // (group * together))
+    heads = np.zeros((panels * PANEL, blocks, 2), np.float16)
+    scales_first = heads[:rows].reshape(rows, -1)  # of group after group, or each with its minimum
+    for i, values in enumerate(a for a in (matrix.scales, matrix.minimums) if a is not None):
+        scales_first[:, i :: 3 - together][:, : values.shape[1]] = values
+    quants = np.zeros((panels * PANEL, blocks * together * group), np.uint8)
+    quants[:rows, :inputs] = matrix.quants
+    quads = quants.reshape(panels, PANEL, blocks, -1, 2 if four_bits else 1, 4)
+    lines = quads[..., 0, :] | (quads[..., 1, :] << 4 if four_bits else 0)
+    head = heads.reshape(panels, PANEL, blocks, 2).transpose(0, 2, 3, 1)
+    parts = [np.ascontiguousarray(a).view(np.uint8).reshape(panels, blocks, -1)
+             for a in (head, lines.transpose(0, 2, 3, 1, 4))]  # fmt: skip
+    return np.concatenate(parts, axis=-1).reshape(-1)
+
+
+@pytest.mark.parametrize("dtype", [INT8, INT4, UINT8, UINT4])
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_every_byte_of_a_packed_matrix(dtype: np.dtype, group: int) -> None:
+    """Also of inputs beyond k, groups without inputs and rows beyond n: zeros, whatever the memory held before."""
+    rng = np.random.default_rng(9)
+    for rows, inputs in ((16, 2 * group), (21, 2 * group), (1, 1), (33, group + 1), (17, 3 * group - 5), (5, 130)):
+        matrix = random_quants(rng, dtype, rows, inputs, group)
+        expected = packed_panels(matrix)
+        arrays = [a for a in (matrix.quants, matrix.scales, matrix.minimums) if a is not None]
+        pointers = [abi.ffi.cast("void *", abi.address(array)) for array in arrays] + [abi.ffi.NULL]
+        for isa in available_isas():
+            memory = np.full(expected.size, 0xFF, np.uint8)
+            packed = abi.ffi.cast("void *", abi.address(memory))
+            code, library = abi.DTYPE_CODES[dtype], abi.open_library(isa)
+            library.pack_quantised(*pointers[:3], rows, inputs, code, group, packed, 2)
+            assert np.array_equal(memory, expected), (isa, rows, inputs)
+
+
 def test_a_row_that_is_not_finite_spoils_only_itself() -> None:
     rng = np.random.default_rng(5)
     x, weight = normal(rng, 9, 130), normal(rng, 40, 130)
@@ -246,6 +287,31 @@ def test_models_hold_to_the_oracle_and_batches_to_single_prompts(name: str, tiny
     with LLM(tiny, dtype=name, max_seq_len=64, max_batch=3, threads=2) as llm:
         together = [done.token_ids for done in llm.generate(prompts, params)]
         assert together == [llm.generate(prompt, params).token_ids for prompt in prompts]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is Unix")
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_forked_child_of_a_quantised_model_is_told_so(name: str, tiny: Path) -> None:
+    """Whether it goes on with its parent's model or loads its own; and the parent generates as before."""
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    options: dict = {"dtype": name, "max_seq_len": 32, "device": "cpu", "threads": 2}
+    with LLM(tiny, **options) as llm:
+        before = llm.generate([3, 4], params).token_ids
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            signal.alarm(60)  # rather than to wait for ever
+            for use in (lambda: llm.generate([3, 4], params), lambda: LLM(tiny, **options)):
+                try:
+                    use()
+                except RillError as error:
+                    os.write(writer, f"{error}\n".encode())
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        os.close(writer)
+        with os.fdopen(reader) as lines:
+            said = lines.read().splitlines()
+        assert len(said) == 2 and all(line.startswith("this process was forked") for line in said)
+        assert llm.generate([3, 4], params).token_ids == before
 
 
 def test_another_name_is_refused(tiny: Path) -> None:
