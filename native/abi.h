@@ -11,6 +11,7 @@ enum {
     PAGE = 64,          /* positions in a page of the KV cache */
     PANEL = 16,         /* outputs in a panel of a packed weight matrix */
     LOGIT_ROWS = 32,    /* rows of logits made at once */
+    MOST_MEETING = 64,  /* ranks of one machine that can share a memory */
     MAX_LOGPROBS = 20   /* most alternatives reported for a token */
 };
 
@@ -180,6 +181,35 @@ struct swiglu {
     int32_t x_stride, out_width, out_stride;
 };
 void swiglu(const struct swiglu *op, struct worker *me);
+
+/* What the ranks of one machine share. */
+struct meeting {
+    int32_t rank, ranks;
+    int32_t patience;          /* looks at who is missing before another process may have the core */
+    volatile uint32_t waits;   /* odd while this rank waits for others, and never the same twice */
+    int64_t epoch;             /* meetings so far */
+    int64_t *arrived;          /* shared, [ranks][8]: to which meeting each rank has come, a cache line apart */
+    float *halves;             /* shared, [2][half] */
+    int64_t half;
+};
+
+/* x becomes the sum of all ranks' x. rows · x_width · ranks <= half */
+struct all_reduce {
+    const int32_t *rows;
+    float *x;
+    struct meeting *meeting;
+    int32_t x_width;
+};
+void all_reduce(const struct all_reduce *op, struct worker *me);
+
+/* Rank 0 gets every rank's share of the columns of x. x_width <= half */
+struct gather {
+    const int32_t *rows;
+    float *x;
+    struct meeting *meeting;
+    int32_t x_width, x_stride;
+};
+void gather(const struct gather *op, struct worker *me);
 
 /* What one row of logits is for. */
 struct sampling {

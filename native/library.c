@@ -65,6 +65,9 @@ int64_t struct_size(const char *name)
     SIZE(kv_store);
     SIZE(attention);
     SIZE(swiglu);
+    SIZE(meeting);
+    SIZE(all_reduce);
+    SIZE(gather);
     SIZE(sampling);
     SIZE(sample);
     SIZE(source);

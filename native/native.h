@@ -38,6 +38,9 @@ static inline int32_t next_work(struct worker *me)
     return atomic_load_explicit(&me->team->next, memory_order_relaxed);
 }
 
+/* Between two looks at what another thread or process is to do: gives way to others after `patience` looks. */
+void keep_waiting(int32_t looks, int32_t patience);
+
 bool cancelled(const struct worker *me);
 void fail(struct worker *me, int32_t status, int32_t detail);
 

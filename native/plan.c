@@ -26,6 +26,13 @@ static inline void relax(void)
 #endif
 }
 
+void keep_waiting(int32_t looks, int32_t patience)
+{
+    relax();
+    if (looks > patience)
+        give_way();
+}
+
 static inline int32_t look(const int32_t *shared)
 {
     return *(const volatile int32_t *)shared;
@@ -42,11 +49,8 @@ bool team_wait(struct worker *me)
         team->stop = look(&team->control->cancel) || look(&team->control->status);
         atomic_store_explicit(&team->epoch, epoch + 1, memory_order_release);
     } else {
-        for (int looks = 0; atomic_load_explicit(&team->epoch, memory_order_acquire) == epoch; looks++) {
-            relax();
-            if (looks > PATIENCE)
-                give_way();
-        }
+        for (int32_t looks = 0; atomic_load_explicit(&team->epoch, memory_order_acquire) == epoch; looks += looks <= PATIENCE)
+            keep_waiting(looks, PATIENCE);
     }
     return !team->stop;
 }

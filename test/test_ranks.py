@@ -522,7 +522,7 @@ def test_a_rank_that_is_killed_ends_all(victim: int, delay: float, pp: int, tmp_
     + [("a step raises", 2), ("a stage raises", 2), ("rank 0 raises", 2), ("failing load", 2)],
 )
 def test_a_rank_that_raises_ends_all(fault: str, pp: int, tmp_path: Path) -> None:
-    run = Run(tmp_path, 2, [small_job(pp=pp)], fault)
+    run = Run(tmp_path, 2, [small_job(pp=pp, length=20)], fault)
     run.pid(0)
     status, _, err = finish(run.process, SOON + 5)  # the start included
     assert status != 0 and "on purpose" in err

@@ -14,28 +14,41 @@ from engine.errors import RillError
 
 if TYPE_CHECKING:
     from engine.device.cpu import CPUDevice
-    from engine.plan import Plan
+    from engine.plan import Node, Plan
 
 
 class NativeProgram(Program):
     """The addresses of functions and argument structs, in order, and the scratch memory they share."""
 
     def __init__(self, device: CPUDevice, plan: Plan) -> None:
-        self.device = device
+        self.device, self.plan = device, plan
         library, ffi = device.library, abi.ffi
         own = [(i, node) for i, node in enumerate(plan.nodes) if not node.op.collective]
         self.structs = [abi.fill_struct(node, device.pointer) for _, node in own]  # keeps them alive
         self.nodes = ffi.new("struct node[]", max(1, len(plan.nodes)))
         scratch = 1
         for (i, node), struct in zip(own, self.structs, strict=True):
-            entry = self.nodes[i]
-            entry.run = ffi.cast(entry_type(), ffi.addressof(library, node.op.name))
-            entry.op = struct
+            self._bind(i, node, struct)
             if measure := getattr(library, f"{node.op.name}_scratch", None):
                 rows = max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
                 scratch = max(scratch, measure(struct, device.threads, rows))
         self.scratch = huge_pages.reserve(scratch)
         self.scratch_pointer = ffi.cast("void *", abi.address(self.scratch))
+
+    def _bind(self, i: int, node: Node, struct: Any) -> None:
+        entry = self.nodes[i]
+        entry.run = abi.ffi.cast(entry_type(), abi.ffi.addressof(self.device.library, node.op.name))
+        entry.op = struct
+
+    def meet(self, meeting: Any) -> list[int]:
+        collectives = [(i, node) for i, node in enumerate(self.plan.nodes) if node.op.collective]
+        met = [(i, node) for i, node in collectives if self.device.runs(node.op.name)]
+        for i, node in met:
+            struct = abi.fill_struct(node, self.device.pointer)
+            struct.meeting = meeting
+            self.structs.append(struct)
+            self._bind(i, node, struct)
+        return [i for i, _ in met]
 
     def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
         device = self.device

@@ -61,6 +61,10 @@ class Program(ABC):
         """Replays nodes [first, last), and notes when in `times`: struct node_times of abi.h, [threads, nodes]. Raises
         TokenError, NotFiniteError or Cancelled."""
 
+    def meet(self, meeting: Any) -> Sequence[int]:
+        """Which collectives it does by itself from now on, in the memory that a `struct meeting` of abi.h is of."""
+        return ()
+
 
 class Device(ABC):
     """Allocates, uploads, lowers and replays. How it lays out a tensor is its secret."""

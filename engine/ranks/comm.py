@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NoReturn
 
@@ -80,9 +80,17 @@ def patience() -> float:
 
 @dataclass
 class Wait:
-    """What a rank is waiting in: `since` when, if others have to answer in time."""
+    """What a rank is waiting in: `since` when, or one of the meetings of native code."""
 
     since: float | None = None
+    meetings: list[Any] = field(default_factory=list)
+
+    @property
+    def at(self) -> Any:
+        """Never the same for two waits; None: this rank is not waiting."""
+        if self.since is not None:
+            return self.since
+        return next(((i, each.waits) for i, each in enumerate(self.meetings) if each and each.waits % 2), None)
 
 
 class Comm:
@@ -111,7 +119,7 @@ class Comm:
         self._header = np.zeros(4, np.int64)
         self._firsts: dict[int, Comm] = {}
         self._cores = available_cores()
-        with self.meeting():
+        with self.waiting():
             self.notes = self.world.Dup()  # numbers to be read at any time
             self.local, self.sharing = self._neighbours()
             self.together = self.local == self.size  # on one machine, and so are all that are split off
@@ -128,7 +136,7 @@ class Comm:
         part = copy.copy(self)
         part._firsts = {}
         part.sharing = min(self.sharing, count)
-        with self.meeting():
+        with self.waiting():
             part.share(self.world.Split(self.rank >= count, self.rank))
         return part
 
@@ -149,7 +157,10 @@ class Comm:
         """What these ranks share, if they are several on one machine."""
         if not self.together or self.size == 1:
             return None
-        return Window(self.mpi, self.world, lambda: self._wait(self.world.Ibarrier()))
+        crowded = self.sharing > self._cores
+        window = Window(self.mpi, self.world, lambda: self._wait(self.world.Ibarrier()), crowded)
+        self._waits.meetings.append(window.meeting)
+        return window
 
     # What a plan's collectives do.
 
@@ -295,7 +306,7 @@ class Comm:
         self._sent.append((self.notes.Isend(data, rank, tag), data))
 
     @contextmanager
-    def meeting(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
         """MPI's own calls that wait for all: the others have to come in time."""
         self._waits.since = time.monotonic()
         try:
@@ -344,9 +355,9 @@ class Comm:
         looks, last = 0, None
         while looks <= LOOKS_OF_PATIENCE:
             time.sleep(self.patience / LOOKS_OF_PATIENCE)
-            since = self._waits.since
-            looks = looks + 1 if since is not None and since == last else 0
-            last = since
+            at = self._waits.at
+            looks = looks + 1 if at is not None and at == last else 0
+            last = at
         self._say(f"another rank has not answered for {self.patience:g} seconds")
         os._exit(1)
 

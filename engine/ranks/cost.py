@@ -95,9 +95,9 @@ class Shared:
 
     def add(self, durations: np.ndarray, size: int) -> None:
         """Seconds [collectives, ranks], and the bytes of all."""
-        least = float(durations.min(axis=1).sum())
-        self.waiting += durations.sum(axis=0) - least
-        self.communication += least
+        least = durations.min(axis=1)
+        self.waiting += (durations - least[:, None]).sum(axis=0)
+        self.communication += float(least.sum())
         self.count += len(durations)
         self.size += size
 
@@ -156,7 +156,7 @@ class PhaseCost:
 
     @property
     def waiting(self) -> np.ndarray:
-        return self.seconds - self.compute - self.communication - self.outside
+        return np.maximum(0, self.seconds - self.compute - self.communication - self.outside)
 
     def on_ranks(self, link: Link, ranks: int, share: float) -> Forecast:
         """All that is computed shared by so many ranks, each with what a rank has now, none waiting for another."""

@@ -1,7 +1,5 @@
-"""A plan that ranks replay together: collectives cut it into segments, which a device replays as ever.
-
-Python calls MPI between two native calls. To call MPI's own function from native code would save 1.6 µs a collective,
-of the 4 µs that summing a row of 1,024 numbers takes between two ranks of one machine (docs/distributed.md).
+"""A plan that ranks replay together: collectives cut it into segments, which a device replays as ever, and between two
+segments Python calls MPI. On one machine, those of a short step need no cut: native code does them by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from engine.device import Cancelled, Program
-from engine.plan import Plan
+from engine.plan import Node, Plan
 from engine.ranks.comm import Comm
 
 LONG_STEP = 16  # rows: such a step looks at each collective whether it is to stop, shorter ones are soon over
@@ -26,14 +24,28 @@ class Segments(Program):
     def __init__(self, plan: Plan, comm: Comm) -> None:
         assert plan.program is not None
         self.plan, self.program, self.comm = plan, plan.program, comm
+        self.met: dict[int, int] = {}  # collectives that native code does by itself, of so many rows at most
+        if comm.window and comm.window.meeting:
+            half = comm.window.meeting.half
+            self.met = {i: self._most_rows(plan.nodes[i], half) for i in self.program.meet(comm.window.meeting)}
         self.ends = cache(self._ends)
 
-    def _ends(self, first: int, last: int) -> list[int]:
-        return [*(i for i in range(first, last) if self.plan.nodes[i].op.collective), last]
+    def _most_rows(self, node: Node, half: int) -> int:
+        """What there is room for, and no long step, since native code does not look whether it is to stop."""
+        if node.op.name == "gather":
+            return node.rows.shape[0] if node.written[0].width <= half else 0
+        return min(LONG_STEP - 1, half // (self.comm.size * node.written[0].width))
+
+    def _ends(self, first: int, last: int, rows: int) -> list[int]:
+        """Where the segments of nodes [first, last) end, in a step of so many rows."""
+        among = ((i, self.plan.nodes[i]) for i in range(first, last))
+        return [*(i for i, node in among if node.op.collective and rows > self.met.get(i, 0)), last]
 
     def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
+        if first >= last:
+            return  # rank 0's plan has nodes that the others' have not
         begin = first
-        for end in self.ends(first, last):
+        for end in self.ends(first, last, min(LONG_STEP, int(self.plan.nodes[first].rows.storage[0]))):
             for start, stop in self._pieces(begin, end):
                 part = None if times is None else np.ascontiguousarray(times[:, start - first : stop - first])
                 self.program.run(start, stop, part)

@@ -37,7 +37,7 @@ class Stages(Comm):
         vars(self).update(vars(everyone))
         self.leads = everyone.rank == 0
         block = everyone.rank // tp
-        with everyone.meeting():
+        with everyone.waiting():
             self.line = everyone.world.Dup()
             self.share(everyone.world.Split(block, everyone.rank))
         self.stage = Stage((block - 1) % pp, pp)
