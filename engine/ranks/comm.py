@@ -27,6 +27,7 @@ import numpy as np
 
 from engine.errors import RillError, UsageError
 from engine.machine import allowed_cpus, available_cores
+from engine.ranks.neighbours import Process
 from engine.ranks.split import Split, Stage
 from engine.ranks.window import Window
 
@@ -103,6 +104,7 @@ class Comm:
     def __init__(self, mpi: Any, world: Any, patience: float) -> None:
         self.mpi, self.world, self.patience = mpi, world, patience
         self._waits = Wait()
+        self._processes: list[Process] = []  # of the other ranks on this machine
         threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
         self.rank, self.size = int(self.world.rank), int(self.world.size)
         self.split, self.stage = Split(self.rank, self.size), Stage()
@@ -151,6 +153,9 @@ class Comm:
         mine[list(allowed_cpus()) if hasattr(os, "sched_getaffinity") else [0]] = 1
         masks = np.zeros((machine.size, CPUS), np.uint8)
         machine.Allgather(mine, masks)
+        processes = np.zeros((machine.size, len(Process._fields)), np.int64)
+        machine.Allgather(np.array(Process.of_this(), np.int64), processes)
+        self._processes = [Process(*map(int, row)) for i, row in enumerate(processes) if i != machine.rank]
         return int(machine.size), int((masks & mine).any(axis=1).sum())
 
     def open_window(self) -> Window | None:
@@ -350,8 +355,9 @@ class Comm:
             self._waits.since = time.monotonic()
 
     def _watch(self) -> None:
-        """Ends this process when it has waited for too long; its launcher ends the others. Counts looks, not time, so
-        that time in which this process was stopped, too, does not count."""
+        """Ends this process when it has waited for too long, and the others on this machine: the launcher, who ends
+        those elsewhere, now and then leaves out one that has been stopped. Counts looks, not time, so that time in
+        which this process was stopped, too, does not count."""
         looks, last = 0, None
         while looks <= LOOKS_OF_PATIENCE:
             time.sleep(self.patience / LOOKS_OF_PATIENCE)
@@ -359,6 +365,8 @@ class Comm:
             looks = looks + 1 if at is not None and at == last else 0
             last = at
         self._say(f"another rank has not answered for {self.patience:g} seconds")
+        for process in self._processes:
+            process.kill()
         os._exit(1)
 
     def _say(self, message: str) -> None:
