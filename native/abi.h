@@ -262,6 +262,10 @@ void pack_quantised(const uint8_t *quants, const uint16_t *scales, const uint16_
 /* The reverse of both: rows [first, first + count) of a packed matrix as f32 [count, k]. */
 void unpack_matrix(const void *packed, int32_t dtype, int32_t group, int32_t k, int32_t first, int32_t count, float *out);
 
+/* Ends the threads that wait for more work of the thread that calls this. While there are more of all such threads than
+ * CPUs, OpenMP has them sleep between two plans, and to wake them takes as long as a short plan. */
+void release_threads(void);
+
 /* Reads all of a memory on all threads, each its share as that many parallel streams: to be timed. */
 uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t streams);
 

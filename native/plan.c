@@ -98,6 +98,13 @@ static void run_nodes(const struct node *nodes, int32_t count, struct worker *me
     }
 }
 
+void release_threads(void)
+{
+#if defined(_OPENMP) && (_OPENMP >= 201811 || (defined(__GNUC__) && __GNUC__ >= 9 && !defined(__clang__)))
+    omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
 int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch,
                  struct node_times *times)
 {

@@ -149,6 +149,28 @@ def test_openmp_binds_threads_to_cores_and_all_cores_stay_in_use() -> None:
     assert set(machine.allowed_cpus()) >= set(json.loads(bound)) and len(set(json.loads(bound))) >= 2, bound
 
 
+WAITING = """
+import os
+from engine import LLM
+def threads(): return len(os.listdir("/proc/self/task"))
+before = threads()
+with LLM("models/tiny-qwen3", threads=3) as llm:
+    loaded = threads()
+    llm.logits([1])
+    ran = threads()
+    llm.device.read_limit()
+    print(loaded - before, ran - loaded, threads() - ran)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list threads")
+def test_only_the_threads_that_run_plans_are_kept() -> None:
+    """With more of its threads than there are CPUs, OpenMP wakes them up for every plan."""
+    command = [sys.executable, "-c", WAITING]
+    ran = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
+    assert ran.stdout.split() == ["1", "2", "0"], "the engine's thread; those that help it; none for measuring"
+
+
 # Packed weights.
 
 

@@ -121,6 +121,7 @@ class CPUDevice(Device):
             done += self.weight_bytes(weight)
             if progress:
                 progress(done, total)
+        self.library.release_threads()  # steps have another thread
         if kept and (problem := write_cached(kept, self.arena)):
             self.notes.append(f"quantised weights are not kept: {problem}")
 
@@ -254,6 +255,7 @@ class CPUDevice(Device):
             start = time.perf_counter()
             self.library.read_memory(data, size, self.threads, streams)
             best = max(best, size / (time.perf_counter() - start))
+        self.library.release_threads()
         return best
 
     def multiply_limit(self, dtype: np.dtype) -> float:
@@ -264,6 +266,7 @@ class CPUDevice(Device):
             start = time.perf_counter()
             operations = self.library.multiply_in_registers(abi.DTYPE_CODES[dtype], rounds, self.threads)
             best = max(best, operations / (time.perf_counter() - start))
+        self.library.release_threads()
         return best
 
     # Replay.
