@@ -287,6 +287,11 @@ class Runner:
         else:
             self.device.cancel(flag)
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether this thread is telling the other ranks something."""
+        return self.comm is not None and self.comm.in_turn
+
     def close(self) -> None:
         """Tells the other ranks that this model is not used any more."""
         self.closed = True

@@ -67,14 +67,15 @@ class Scheduler:
         self.runner.cancel(True)
 
     def close(self) -> None:
-        """Cancels all requests and waits for the engine thread to end."""
+        """Cancels all requests and waits for the engine thread to end. In the middle of a turn it does not wait, for
+        that thread may need it: a model that nobody closed may be collected anywhere."""
         if os.getpid() != self.pid:
             return  # a forked child has no engine thread, and perhaps a lock that nobody will release
         with self.changed:
             self.closed = True
             self.changed.notify()
         self.runner.cancel(True)
-        if threading.current_thread() is not self.thread:
+        if threading.current_thread() is not self.thread and not self.runner.in_turn:
             self.thread.join()
 
     # The engine thread.

@@ -28,16 +28,20 @@ static bool meet(struct meeting *m, int64_t epoch, struct worker *me)
     return true;
 }
 
-/* Neighbours first, then neighbours of those: as messages are summed up by recursive doubling. */
+/* Neighbours first, then neighbours of those: as messages are summed up by recursive doubling. Of what goes beyond a power
+ * of two, neighbours come before. */
 INLINE vec sum_pairwise(vec *parts, int32_t count)
 {
-    while (count > 1) {
-        for (int32_t i = 0; i < count / 2; i++)
+    int32_t power = 1;
+    while (2 * power <= count)
+        power *= 2;
+    for (int32_t i = 0; i < count - power; i++)
+        parts[i] = vec_add(parts[2 * i], parts[2 * i + 1]);
+    for (int32_t i = count - power; i < power; i++)
+        parts[i] = parts[i + count - power];
+    for (; power > 1; power /= 2)
+        for (int32_t i = 0; i < power / 2; i++)
             parts[i] = vec_add(parts[2 * i], parts[2 * i + 1]);
-        if (count % 2)
-            parts[count / 2] = parts[count - 1];
-        count = (count + 1) / 2;
-    }
     return parts[0];
 }
 

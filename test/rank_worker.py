@@ -44,9 +44,16 @@ def main(jobs: str, results: str, pids: str, fault: str = "") -> None:
             found[f"{i}.logits"] = llm.logits(job["prompts"][0])
             found[f"{i}.bytes"] = np.array(llm.runner.weight_bytes)
             found[f"{i}.cache"] = np.array(llm.runner.cache_capacity_bytes)
+            found[f"{i}.segments"] = np.array(segments(llm.runner))
         if fault == "pause":
             time.sleep(2)
     np.savez(results, **found)
+
+
+def segments(runner: Runner) -> list[int]:
+    """In how many a step of 1, 4, 15 and 16 rows is cut."""
+    program, nodes = runner.plan.program, len(runner.plan.nodes)
+    return [len(program.ends(0, nodes, n)) if isinstance(program, Segments) else 1 for n in (1, 4, 15, 16)]
 
 
 def note_what_is_held(file: Path) -> None:

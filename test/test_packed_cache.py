@@ -210,6 +210,15 @@ def test_the_longest_unused_go_first(home: Path, monkeypatch: pytest.MonkeyPatch
     assert kept(home) == [NAMES[1], NAMES[2]], "the one that was the oldest has been used since"
 
 
+def test_ranks_leave_each_others_parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RILL_CACHE_GB", "0.002")
+    part = f"{'c' * 20}{'d' * 20}.{LAYOUT}.weights"  # NAMES[2] is another of the same model
+    for name, used in ((part, 99), (NAMES[0], 10), (NAMES[1], 20), (NAMES[3], 30)):
+        fill(home, name, used)
+    assert "longest: 2 files" in make_room(NAMES[2], MB)
+    assert kept(home) == [NAMES[0], part]
+
+
 def test_what_is_used_now_stays_whatever_the_limit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used, other = fill(home, NAMES[0], 99), fill(home, NAMES[1], 1)
     monkeypatch.setenv("RILL_CACHE_GB", "0")

@@ -165,6 +165,9 @@ def test_the_tokens_and_logits_of_one_process(ranks: int, tmp_path_factory: pyte
         if i < 4:  # wide enough that norms and rounding to panels count for little
             assert results[f"{i}.bytes"] <= size / ranks * 1.05
             assert results[f"{i}.cache"] == cache / ranks
+            short, *_, long = results[f"{i}.segments"]
+            assert (results[f"{i}.segments"][:3] == short).all() and (short == 1 if ranks > 1 else short == long)
+            assert long > 5 or ranks == 1, "a long step can be stopped at each sum"
 
 
 def alone(job: dict[str, Any]) -> tuple[list[list[int]], np.ndarray, int, int]:
@@ -555,6 +558,24 @@ def test_a_program_that_pauses_between_models_is_not_taken_for_stuck(tmp_path: P
     run = Run(tmp_path, 2, [small_job(), small_job()], "pause", RILL_HEARTBEAT="0.5")
     status, _, err = finish(run.process)
     assert status == 0 and run.results.exists(), err
+
+
+DROPPED = """
+from engine import LLM, SamplingParams
+model = "models/tiny-qwen3"
+llm = LLM(model)
+llm.generate([1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
+cycle = [llm]
+cycle.append(cycle)
+del llm, cycle
+print(len(LLM(model).generate([1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True)).token_ids))
+"""
+
+
+def test_a_model_that_is_collected_while_another_one_is_opened(tmp_path: Path) -> None:
+    """Its thread wants a turn, to say that it is not used any more, and the thread that collects it has the turn."""
+    status, out, err = finish(start(2, "-c", DROPPED, RILL_HEARTBEAT="5"))
+    assert (status, out) == (0, "3\n"), err
 
 
 def test_a_run_that_is_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:

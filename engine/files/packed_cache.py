@@ -30,6 +30,7 @@ from engine.ranks.split import Part
 LAYOUT = 2  # to be raised whenever packed matrices or quantisation change
 STEP = 64 << 20  # bytes read at once
 SHARE = 1 / 4  # of the disk, at most
+KIN = 20  # first digits of a name: those of the ranks' parts of a model are the same
 ABANDONED = 24 * 3600  # seconds after which nobody is writing a file any more
 NAME = re.compile(r"[0-9a-f]{40}(?:\.(?P<layout>[0-9]+))?\.weights(?P<unfinished>.*\.part)?")
 
@@ -49,14 +50,31 @@ def cache_name(weights: Sequence[Weight]) -> str:
     for weight in weights:
         origins = [_origin(source) for source in weight.sources]
         described.append([weight.name, weight.shape, weight.dtype.name, weight.group, origins])
-    return f"{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:40]}.{LAYOUT}.weights"
+    files = {path for weight in weights for source in weight.sources for path in _files(source)}
+    states = sorted((path.stat().st_ino, path.stat().st_mtime_ns) for path in files)
+    return f"{_digest(states)[:KIN]}{_digest(described)[: 40 - KIN]}.{LAYOUT}.weights"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _files(source: Any) -> list[Path]:
+    while isinstance(source, Part):
+        source = source.source
+    return [part.file for part in _stored(source) or [source] if hasattr(part, "file")]
+
+
+def _stored(source: Any) -> list[Any]:
+    """The tensors of a file that a quantised source is made of."""
+    return [part for part in (getattr(source, name, None) for name in ("stored", "scales")) if part is not None]
 
 
 def _origin(source: Any) -> list[Any]:
     """Which bytes of which state of which file a source is, or what an array holds."""
     if isinstance(source, Part):
         return [type(source).__name__, source.start, source.stop, *_origin(source.source)]
-    stored = [part for part in (getattr(source, name, None) for name in ("stored", "scales")) if part is not None]
+    stored = _stored(source)
     if not stored and not hasattr(source, "file"):
         return [hashlib.sha256(np.ascontiguousarray(source).tobytes()).hexdigest()]
     origin: list[Any] = [getattr(source, "head_dim", 0)]
@@ -82,8 +100,9 @@ def cache_limit(directory: Path) -> float:
 
 def make_room(name: str, size: int) -> str:
     """Makes room for `size` bytes under a name, which counts as used now and stays. Removes files of older layouts,
-    what was never finished, and of all others those unused for longest, until they are within the limit. Other
-    processes may do so at the same time. Returns what was removed as a line, or nothing. Raises UsageError."""
+    what was never finished, and of all others those unused for longest, until they are within the limit; but not what
+    other ranks keep of the same model. Other processes may do so at the same time. Returns what was removed as a line,
+    or nothing. Raises UsageError."""
     try:
         directory = cache_directory()
         limit = cache_limit(directory)
@@ -103,7 +122,7 @@ def make_room(name: str, size: int) -> str:
                 goes = True
             else:
                 room -= status.st_size
-                goes = room < 0
+                goes = room < 0 and not match.string.startswith(name[:KIN])
             if goes:
                 path.unlink()
                 removed.append(status.st_size)

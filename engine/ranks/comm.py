@@ -115,6 +115,7 @@ class Comm:
         self.entered = False  # by way of followers.enter
         self.models = 0  # opened so far
         self._turn = threading.RLock()
+        self._holder: int | None = None  # the thread whose turn it is
         self._unsettled: list[Any] = []  # announcements that are on their way
         self._sent: list[tuple[Any, np.ndarray]] = []  # notes that may be on their way
         self._told_at = 0.0  # when rank 0 last told the others anything
@@ -223,10 +224,24 @@ class Comm:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """What rank 0 does in one piece: a command and what belongs to it."""
-        with self._turn:
+        with self._taken():
             if self.ended:
                 raise RillError("the other ranks have ended")
             yield
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        with self._turn:
+            before, self._holder = self._holder, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = before
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether this thread is in the middle of a turn."""
+        return self._holder == threading.get_ident()
 
     def command(self, *numbers: int) -> None:
         """Rank 0 tells what comes next: one of the commands, and up to three numbers."""
@@ -280,7 +295,7 @@ class Comm:
     def _beat_when_silent(self) -> None:
         while True:
             time.sleep(self.patience / 4)
-            with self._turn:
+            with self._taken():
                 if self.ended:
                     return
                 if time.monotonic() - self._told_at > self.patience / 4:
@@ -323,7 +338,7 @@ class Comm:
 
     def end(self) -> None:
         """Rank 0's program is over: the others may go. A step that runs comes to its end first."""
-        with self._turn:
+        with self._taken():
             if self.rank == 0 and not self.ended:
                 self.command(END)
             self.ended = True
@@ -376,8 +391,14 @@ class Comm:
 
 def sum_pairwise(parts: list[np.ndarray], out: np.ndarray) -> None:
     """Neighbours first, then neighbours of those: in the order in which messages sum up by recursive doubling, so that
-    a number's bits do not depend on how many go with it."""
+    a number's bits do not depend on how many go with it. Of what goes beyond a power of two, neighbours come before."""
+    beyond = len(parts) - (1 << len(parts).bit_length() - 1)
+    parts = [a + b for a, b in pairwise(parts[: 2 * beyond])] + parts[2 * beyond :]
     while len(parts) > 2:
-        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[len(pairs) * 2 :]
-    np.add(parts[0], parts[1], out=out)
+        parts = [a + b for a, b in pairwise(parts)]
+    left, right = parts
+    np.add(left, right, out=out)
+
+
+def pairwise(parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return zip(parts[::2], parts[1::2], strict=True)

@@ -14,21 +14,24 @@ from engine.ranks.stages import Stages
 ROUNDS, IN_A_ROW = 5, 10  # that each thing is timed: medians, and one after the other
 
 
-def links_of_stages(comm: Comm, peers: Comm, row: int, rows: int) -> list[Link | None]:
+def links_of_stages(
+    comm: Comm, peers: Comm, row: int, rows: int, short: Callable[[], None] | None
+) -> list[Link | None]:
     """Of the ranks of each stage among themselves, that of rank 0 first; None where each is alone. One stage measures
-    after the other, as they work."""
+    after the other, as they work. short: the sum of a row, where that is not a message."""
     blocks = range(comm.size // peers.size)
-    return [measure_link(comm, peers, block, row, rows) if peers.size > 1 else None for block in blocks]
+    return [measure_link(comm, peers, block, row, rows, short) if peers.size > 1 else None for block in blocks]
 
 
-def measure_link(comm: Comm, peers: Comm, block: int, row: int, rows: int) -> Link:
+def measure_link(
+    comm: Comm, peers: Comm, block: int, row: int, rows: int, short: Callable[[], None] | None
+) -> Link:
     """Times sums of a row of so many bytes and of so many such rows, among that block of ranks."""
-
-    def sums(count: int) -> Callable[[], None]:
-        x = np.zeros((count, row // 4), np.float32)
-        return lambda: peers.all_reduce(x) if comm.rank // peers.size == block else None
-
-    each = timed(comm, [sums(1), sums(rows)])[:, block * peers.size : (block + 1) * peers.size]
+    small_x, large_x = (np.zeros((count, row // 4), np.float32) for count in (1, rows))
+    sums = [short or (lambda: peers.all_reduce(small_x)), lambda: peers.all_reduce(large_x)]
+    if comm.rank // peers.size != block:
+        sums = [lambda: None] * 2
+    each = timed(comm, sums)[:, block * peers.size : (block + 1) * peers.size]
     small, large = np.median(each.mean(axis=1), axis=0)
     return Link.through(peers.size, (row, float(small)), (row * rows, float(large)))
 

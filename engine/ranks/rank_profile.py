@@ -20,6 +20,7 @@ from engine.profile import Profile, ProfiledStep, Replay, event, process_name, t
 from engine.ranks.comm import PROFILE, Comm
 from engine.ranks.cost import Cost, Line, Link, PhaseCost
 from engine.ranks.links import all_rows, links_of_stages, measure_line, on_all
+from engine.ranks.segments import Segments
 from engine.ranks.split import Split, Stage
 from engine.ranks.stages import Stages
 
@@ -88,6 +89,8 @@ class RankProfile(Profile):
         assert runner.comm is not None and runner.peers is not None
         self.comm: Comm = runner.comm
         self.peers: Comm = runner.peers
+        assert isinstance(runner.plan.program, Segments)
+        self.program = runner.plan.program
         self.outer = runner.plan.profile
         self.log: list[Logged] = []
         self.not_logged = 0
@@ -142,7 +145,8 @@ class RankProfile(Profile):
             return
         rows = self.runner.max_rows
         among = [each for each in found if not each.is_message]
-        links = links_of_stages(self.comm, self.peers, among[0].row if self.peers.size > 1 else 0, rows)
+        links = links_of_stages(self.comm, self.peers, among[0].row if self.peers.size > 1 else 0, rows,
+                                self.program.short_sum())  # fmt: skip
         line = None
         if isinstance(self.peers, Stages):
             row = next(each.row for each in found if each.is_message)

@@ -5,8 +5,8 @@ segments Python calls MPI. On one machine, those of a short step need no cut: na
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import numpy as np
 
@@ -31,10 +31,19 @@ class Segments(Program):
         self.ends = cache(self._ends)
 
     def _most_rows(self, node: Node, half: int) -> int:
-        """What there is room for, and no long step, since native code does not look whether it is to stop."""
-        if node.op.name == "gather":
-            return node.rows.shape[0] if node.written[0].width <= half else 0
-        return min(LONG_STEP - 1, half // (self.comm.size * node.written[0].width))
+        """Of a step in which native code does this collective, which cannot be stopped then. LONG_STEP: of any."""
+        width = node.written[0].width
+        if node.op.name == "gather":  # one row after the other
+            return LONG_STEP if width <= half else 0
+        return min(LONG_STEP - 1, half // (self.comm.size * width))
+
+    def short_sum(self) -> Callable[[], None] | None:
+        """Does what a step of one row does at a sum, with what there is; None where that is a message."""
+        for i, node in enumerate(self.plan.nodes):
+            if node.op.name == "all_reduce" and self.met.get(i, 0):
+                node.rows.storage[0] = 1
+                return partial(self.program.run, i, i + 1)
+        return None
 
     def _ends(self, first: int, last: int, rows: int) -> list[int]:
         """Where the segments of nodes [first, last) end, in a step of so many rows."""
