@@ -11,7 +11,7 @@ import numpy as np
 from engine import abi
 
 FLOAT32 = np.dtype(np.float32)
-HALF = 1 << 18  # numbers: more is not faster, and containers have little shared memory
+HALF, SHORT_HALF = 1 << 20, 1 << 18  # numbers: little enough to stay in caches and in a container's shared memory
 LONG = 64 << 10  # bytes from which on this is faster than messages
 LINE = 8  # int64 of a cache line
 PATIENCE, PATIENCE_IF_CROWDED = 2000, 20  # native code's looks before another process may have the core
@@ -27,11 +27,12 @@ class Window:
 
     def __init__(self, mpi: Any, world: Any, meet: Callable[[], None], crowded: bool) -> None:
         self.rank, self.size, self._meet = world.rank, world.size, meet
-        words = 2 * LINE * self.size + 4 * HALF
+        lines = 2 * LINE * self.size  # words, where an int64 takes two
+        words = lines + 2 * HALF + 2 * SHORT_HALF
         self._win = mpi.Win.Allocate_shared(words * FLOAT32.itemsize if world.rank == 0 else 0, comm=world)
         shared = np.frombuffer(self._win.Shared_query(0)[0], FLOAT32)[:words]
-        arrived, halves = shared[: 2 * LINE * self.size], shared[-4 * HALF :].reshape(2, 2, HALF)
-        self._halves, self._turn = halves[0], 0
+        arrived, long, short = np.split(shared, (lines, lines + 2 * HALF))
+        self._halves, self._turn = long.reshape(2, HALF), 0
         self._win.Lock_all()  # once: from now on loads and stores are all that is done
         if self.rank == 0:
             arrived[:] = 0
@@ -40,10 +41,10 @@ class Window:
         self.meeting = None
         if self.size <= abi.constants.MOST_MEETING:
             self.meeting = abi.ffi.new("struct meeting *")
-            self.meeting.rank, self.meeting.ranks, self.meeting.half = self.rank, self.size, HALF
+            self.meeting.rank, self.meeting.ranks, self.meeting.half = self.rank, self.size, SHORT_HALF
             self.meeting.patience = PATIENCE_IF_CROWDED if crowded else PATIENCE
             self.meeting.arrived = abi.ffi.cast("int64_t *", abi.address(arrived))
-            self.meeting.halves = abi.ffi.cast("float *", abi.address(halves[1]))
+            self.meeting.halves = abi.ffi.cast("float *", abi.address(short))
 
     def suits(self, x: np.ndarray) -> bool:
         """Whether x [rows, width], of which every rank has as much, goes over faster this way."""
