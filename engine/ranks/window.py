@@ -31,7 +31,7 @@ class Window:
         words = lines + 2 * HALF + 2 * SHORT_HALF
         self._win = mpi.Win.Allocate_shared(words * FLOAT32.itemsize if world.rank == 0 else 0, comm=world)
         shared = np.frombuffer(self._win.Shared_query(0)[0], FLOAT32)[:words]
-        arrived, long, short = np.split(shared, (lines, lines + 2 * HALF))
+        long, short, arrived = np.split(shared, (2 * HALF, 2 * HALF + 2 * SHORT_HALF))
         self._halves, self._turn = long.reshape(2, HALF), 0
         self._win.Lock_all()  # once: from now on loads and stores are all that is done
         if self.rank == 0:
