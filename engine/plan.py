@@ -67,7 +67,7 @@ class Op:
     meaning: Callable[..., None]
     writes: tuple[str, ...]
     struct: str = ""
-    collective: bool = False  # all ranks do it together, by the method of that name of Comm; no device has it
+    collective: bool = False  # all ranks do it together, by Comm's method of that name or in native code (segments.py)
 
 
 def op(*writes: str, collective: bool = False) -> Callable[[Callable[..., None]], Op]:
