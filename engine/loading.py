@@ -119,7 +119,7 @@ def together(comm: Comm | None, work: Callable[[], T], facts: Callable[[T], dict
     if comm is None:
         return work()
     failure: Exception | None = None
-    with comm.busy():
+    with comm.watch.busy():
         try:
             result = work()
             report = {"facts": facts(result)}

@@ -1,11 +1,7 @@
 """The ranks of a run, and what they say to each other over MPI: buffers, in place, one thread at a time.
 
-MPI's own waiting keeps a core busy, which ranks may have to share. So every call here is the one that returns at once,
-and the wait is ours; between two ranks it takes no longer, 3.4 µs for the sum of 4 KB.
-
-A process that is alone never comes here. Whoever waits for others for longer than `patience` seconds ends, and the
-launcher ends the rest. So nobody is silent for that long: rank 0 sends a beat when it has nothing to tell, and a rank
-whose work takes as long as it takes, such as loading a model, does it in `busy`.
+A process that is alone never comes here. Who waits too long for others ends (watch.py), so rank 0 sends a beat when it
+has nothing to tell.
 """
 
 from __future__ import annotations
@@ -17,9 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NoReturn
 
@@ -29,16 +24,13 @@ from engine.errors import RillError, UsageError
 from engine.machine import allowed_cpus, available_cores
 from engine.ranks.neighbours import Process
 from engine.ranks.split import Split, Stage
+from engine.ranks.watch import Notes, Watch
 from engine.ranks.window import Window
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how MPICH's and Open MPI's tell a process how many there are
 END, OPEN, STEP, BEAT, CLOSE, PROFILE, SEARCH = range(7)  # what rank 0 commands (followers.py)
-ALIVE = 0  # the tag of a note
 REPORT = 4096  # bytes of what each rank says when all compare
 CPUS = 4096  # that a machine may have
-LOOKS, LOOKS_IF_CROWDED = 20000, 20  # at what one waits for, before one sleeps
-MOST_SLEEP = 0.0005  # seconds
-LOOKS_OF_PATIENCE = 10  # at how long a rank has been waiting
 START = 5  # times the patience: until all ranks have come to their first meeting
 STDERR = 2
 
@@ -79,21 +71,6 @@ def patience() -> float:
     return seconds
 
 
-@dataclass
-class Wait:
-    """What a rank is waiting in: `since` when, or one of the meetings of native code."""
-
-    since: float | None = None
-    meetings: list[Any] = field(default_factory=list)
-
-    @property
-    def at(self) -> Any:
-        """Never the same for two waits; None: this rank is not waiting."""
-        if self.since is not None:
-            return self.since
-        return next(((i, each.waits) for i, each in enumerate(self.meetings) if each and each.waits % 2), None)
-
-
 class Comm:
     """All ranks. Rank 0 runs the program and commands; every method is called by all of them at the same point.
 
@@ -103,10 +80,8 @@ class Comm:
 
     def __init__(self, mpi: Any, world: Any, patience: float) -> None:
         self.mpi, self.world, self.patience = mpi, world, patience
-        self._waits = Wait()
-        self._processes: list[Process] = []  # of the other ranks on this machine
-        threading.Thread(target=self._watch, name="rill-watch", daemon=True).start()
-        self.rank, self.size = int(self.world.rank), int(self.world.size)
+        self.rank, self.size = int(world.rank), int(world.size)
+        self.watch = Watch(patience, self.rank, self.size)
         self.split, self.stage = Split(self.rank, self.size), Stage()
         self.others = [rank for rank in range(self.size) if rank != self.rank]
         self.stopped = False
@@ -117,13 +92,12 @@ class Comm:
         self._turn = threading.RLock()
         self._holder: int | None = None  # the thread whose turn it is
         self._unsettled: list[Any] = []  # announcements that are on their way
-        self._sent: list[tuple[Any, np.ndarray]] = []  # notes that may be on their way
         self._told_at = 0.0  # when rank 0 last told the others anything
         self._header = np.zeros(4, np.int64)
         self._firsts: dict[int, Comm] = {}
         self._cores = available_cores()
-        with self.waiting():
-            self.notes = self.world.Dup()  # numbers to be read at any time
+        with self.watch.waiting():
+            self.notes = self.watch.notes = Notes(mpi, world)
             self.local, self.sharing = self._neighbours()
             self.together = self.local == self.size  # on one machine, and so are all that are split off
             self.window = self.open_window()
@@ -139,7 +113,7 @@ class Comm:
         part = copy.copy(self)
         part._firsts = {}
         part.sharing = min(self.sharing, count)
-        with self.waiting():
+        with self.watch.waiting():
             part.share(self.world.Split(self.rank >= count, self.rank))
         return part
 
@@ -156,17 +130,21 @@ class Comm:
         machine.Allgather(mine, masks)
         processes = np.zeros((machine.size, len(Process._fields)), np.int64)
         machine.Allgather(np.array(Process.of_this(), np.int64), processes)
-        self._processes = [Process(*map(int, row)) for i, row in enumerate(processes) if i != machine.rank]
+        self.watch.neighbours = [Process(*map(int, row)) for i, row in enumerate(processes) if i != machine.rank]
         return int(machine.size), int((masks & mine).any(axis=1).sum())
 
     def open_window(self) -> Window | None:
         """What these ranks share, if they are several on one machine."""
         if not self.together or self.size == 1:
             return None
-        crowded = self.sharing > self._cores
-        window = Window(self.mpi, self.world, lambda: self._wait(self.world.Ibarrier()), crowded)
-        self._waits.meetings.append(window.meeting)
+        window = Window(self.mpi, self.world, self.beat, self.crowded)
+        self.watch.meetings.append(window.meeting)
         return window
+
+    @property
+    def crowded(self) -> bool:
+        """Whether this rank's cores have more ranks than there are cores."""
+        return self.sharing > self._cores
 
     # What a plan's collectives do.
 
@@ -302,38 +280,6 @@ class Comm:
                     self.command(BEAT)
                     self.beat()
 
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        """What takes as long as it takes, without MPI: meanwhile a thread tells the others that this rank is alive."""
-        over = threading.Event()
-        teller = threading.Thread(target=self._tell_of_life, args=(over,), name="rill-alive", daemon=True)
-        teller.start()
-        try:
-            yield
-        finally:
-            over.set()
-            teller.join()
-
-    def _tell_of_life(self, over: threading.Event) -> None:
-        while not over.wait(self.patience / 4):
-            for rank in self.others:
-                self.note(rank, ALIVE)
-
-    def note(self, rank: int, tag: int, number: int = 0) -> None:
-        """Sends a number, and does not wait until it is read."""
-        self._sent = [sent for sent in self._sent if not sent[0].Test()]
-        data = np.array([number], np.int64)
-        self._sent.append((self.notes.Isend(data, rank, tag), data))
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """MPI's own calls that wait for all: the others have to come in time."""
-        self._waits.since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._waits.since = None
-
     # The end.
 
     def end(self) -> None:
@@ -345,48 +291,12 @@ class Comm:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends every rank: this one cannot go on, and the others would wait for it."""
-        self._say(f"{type(error).__name__}: {error}")
+        self.watch.say(f"{type(error).__name__}: {error}")
         self.world.Abort(1)
         os._exit(1)
 
-    def _wait(self, request: Any, status: Any = None, meanwhile: Callable[[], None] | None = None) -> None:
-        """Looks again and again, later on with sleeps in between, the longer the longer it takes."""
-        since, looks = time.monotonic(), 0
-        most_looks = LOOKS_IF_CROWDED if self.sharing > self._cores else LOOKS
-        self._waits.since = since
-        while not request.Test(status):
-            looks += 1
-            if meanwhile:
-                meanwhile()
-            if looks > most_looks:
-                time.sleep(min((time.monotonic() - since) / 16, MOST_SLEEP))
-                self._hear_of_life()
-        self._waits.since = None
-
-    def _hear_of_life(self) -> None:
-        """Waits anew if a rank that is at work has let this one know."""
-        while self.notes.Iprobe(self.mpi.ANY_SOURCE, ALIVE):
-            self.notes.Recv(np.zeros(1, np.int64), self.mpi.ANY_SOURCE, ALIVE)
-            self._waits.since = time.monotonic()
-
-    def _watch(self) -> None:
-        """Ends this process when it has waited for too long, and the others on this machine: the launcher, who ends
-        those elsewhere, now and then leaves out one that has been stopped. Counts looks, not time, so that time in
-        which this process was stopped, too, does not count."""
-        looks, last = 0, None
-        while looks <= LOOKS_OF_PATIENCE:
-            time.sleep(self.patience / LOOKS_OF_PATIENCE)
-            at = self._waits.at
-            looks = looks + 1 if at is not None and at == last else 0
-            last = at
-        self._say(f"another rank has not answered for {self.patience:g} seconds")
-        for process in self._processes:
-            process.kill()
-        os._exit(1)
-
-    def _say(self, message: str) -> None:
-        sys.stderr.write(f"rill: rank {self.rank}: {message}\n")
-        sys.stderr.flush()
+    def _wait(self, request: Any, **how: Any) -> None:
+        self.watch.wait(request, self.crowded, **how)
 
 
 def sum_pairwise(parts: list[np.ndarray], out: np.ndarray) -> None:

@@ -153,7 +153,7 @@ class RankProfile(Profile):
             line = measure_line(self.comm, self.peers, row, rows, self.runner.step.shared.nbytes)
         self._ranks = self._bring_together(found)
         if self.comm.rank == 0:
-            with self.comm.busy():
+            with self.comm.watch.busy():
                 self.cost = self._sum_up(links, line)
 
     def _agree(self, found: list[Collective]) -> bool:

@@ -17,8 +17,9 @@ from functools import cache
 import numpy as np
 
 from engine.device import Cancelled, TokenError
-from engine.ranks.comm import ALIVE, Comm
+from engine.ranks.comm import Comm
 from engine.ranks.split import Stage
+from engine.ranks.watch import ALIVE
 
 ROWS, STOPPED, BAD_TOKEN = range(3)  # the tag of a message from stage to stage
 STOP = ALIVE + 1  # the tag of a note: steps up to this number are to stop
@@ -37,7 +38,7 @@ class Stages(Comm):
         vars(self).update(vars(everyone))
         self.leads = everyone.rank == 0
         block = everyone.rank // tp
-        with everyone.waiting():
+        with everyone.watch.waiting():
             self.line = everyone.world.Dup()
             self.share(everyone.world.Split(block, everyone.rank))
         self.stage = Stage((block - 1) % pp, pp)
@@ -45,7 +46,6 @@ class Stages(Comm):
         self.first_ranks = range(tp, everyone.size, tp)  # of all stages but the last
         self.told = self.begun = self.stop_until = 0
         self._shown = time.monotonic()
-        self._sent = []
 
     # What a plan's collectives do.
 
@@ -100,18 +100,14 @@ class Stages(Comm):
         """Rank 0 lets the other stages know, once."""
         if self.leads and self.stopped and self.stop_until < self.told:
             self.stop_until = self.told
-            for rank in self.first_ranks:
-                self.note(rank, STOP, self.told)
+            self.notes.send(self.first_ranks, STOP, self.told)
 
     def _hear_of_stop(self) -> None:
-        while self.notes.Iprobe(0, STOP):
-            note = np.zeros(1, np.int64)
-            self.notes.Recv(note, 0, STOP)
-            self.stop_until = max(self.stop_until, int(note[0]))
+        for told in self.notes.read(0, STOP):
+            self.stop_until = max(self.stop_until, told)
 
     def show_life(self) -> None:
         """A stage may take longer over a step than others wait for one that says nothing."""
         if self.rank == 0 and time.monotonic() - self._shown > self.patience / 4:
             self._shown = time.monotonic()
-            for rank in self.others:
-                self.note(rank, ALIVE)
+            self.notes.send(self.others, ALIVE)
