@@ -48,10 +48,11 @@ struct node_times {
     int64_t begin, end, passed;
 };
 
-/* Runs the nodes in order on `threads` threads, a barrier after each. times: NULL, or [threads][count] to be filled; a
- * thread or node that did not run leaves its entry alone. Returns enum status. */
-int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch,
-                 struct node_times *times);
+/* Runs the nodes in order on `threads` threads, a barrier after each. domains: 0, or how many NUMA nodes to pretend that
+ * the threads run on. times: NULL, or [threads][count] to be filled; a thread or node that did not run leaves its entry
+ * alone. Returns enum status. */
+int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, int32_t domains, struct control *control,
+                 void *scratch, struct node_times *times);
 
 /* out[r] = row token[r] of a table [vocab_size, width], of which `ids` rows from first_id on are here: zeros where it
  * is another. table: packed [ids, width]. */

@@ -9,7 +9,8 @@ enum {
     TILE_ROWS = ACCUMULATORS / (COLUMNS * VECTORS),   /* 12, 6, 3 */
     SINGLE_COLUMNS = LANES == 8 ? 2 : 1,              /* panels of a single row: with one, sums would wait for each other */
     WIDENING_ROWS = 4 * TILE_ROWS,                    /* from so many on, weights are widened once for all of them */
-    WIDE_BYTES = 256 << 10                            /* of widened panels: about half of an L2 cache */
+    WIDE_BYTES = 256 << 10,                           /* of widened panels: about half of an L2 cache */
+    HANDFUL = 32 << 10                                /* bytes of weights to take at a time for few rows: some 3 µs */
 };
 
 /* How many widened panels lie side by side. */
@@ -149,11 +150,11 @@ static void multiply_widened(const struct product *p, struct worker *me)
     wide.dtype = DTYPE_F32;
     wide.weight = own;
     pack_x(&wide, me, (float *)packed);
+    share_out(me);
     if (!team_wait(me))
         return;
-    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
-    for (int64_t panel = panels.begin, count; panel < panels.end && !cancelled(me); panel += count) {
-        count = min_i64(together, panels.end - panel);
+    for (struct range panels; take_next(me, panels_of(p), together, &panels);) {
+        int64_t panel = panels.begin, count = panels.end - panel;
         for (int64_t i = 0; i < count; i++) {
             const char *weight = p->weight + (panel + i) * panel_bytes(p->dtype, p->k);
             if (p->dtype == DTYPE_BF16)
@@ -228,27 +229,36 @@ static void multiply_by_tiles(const struct product *p, struct worker *me)
     char *packed = me->team->scratch;
     float *buffer = (float *)(packed + blocks * amx_block_bytes(p->k)) + me->index * blocks * BLOCK * PANELS * PANEL;
     amx_pack_x(p, me, packed);
+    share_out(me);
     if (!team_wait(me))
         return;
-    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
     int64_t together = p->rows == 1 ? 1 : PANELS; /* one row waits for memory: one straight stream */
-    for (int64_t panel = panels.begin; panel < panels.end && !cancelled(me); panel += together)
-        amx_multiply(p, packed, buffer, panel, min_i64(together, panels.end - panel));
+    for (struct range panels; take_next(me, panels_of(p), together, &panels);)
+        amx_multiply(p, packed, buffer, panels.begin, panels.end - panels.begin);
 }
 #endif
 
-void multiply_panels(const struct product *p, const void *packed, const struct panel_kernels *k, struct range panels,
-                     const struct worker *me)
+int64_t handful(const struct product *p, const struct panel_kernels *k, int64_t bytes)
+{
+    if (p->rows > k->tile_rows)
+        return k->columns;
+    return max_i64(k->single_columns, round_up(HANDFUL / bytes, k->single_columns));
+}
+
+void multiply_panels(const struct product *p, const void *packed, const struct panel_kernels *k, struct range panels)
 {
     int64_t panel = panels.begin, tiled = p->rows / k->tile_rows * k->tile_rows;
+    if (k->single_columns > 1 && p->rows == 1)
+        for (; panel + k->single_columns <= panels.end; panel += k->single_columns)
+            k->single(p, packed, 0, panel);
     if (k->columns > 1 && p->rows > k->tile_rows)
-        for (; panel + k->columns <= panels.end && !cancelled(me); panel += k->columns) {
+        for (; panel + k->columns <= panels.end; panel += k->columns) {
             for (int64_t first = 0; first < tiled; first += k->tile_rows)
                 k->tile(p, packed, first, panel);
             for (int64_t c = 0; c < k->columns && tiled < p->rows; c++)
                 k->rest(p, packed, tiled, panel + c);
         }
-    for (; panel < panels.end && !cancelled(me); panel++)
+    for (; panel < panels.end; panel++)
         for (int64_t first = 0; first < p->rows; first += k->tile_rows)
             k->rest(p, packed, first, panel);
 }
@@ -270,15 +280,14 @@ static void multiply(const struct product *p, struct worker *me)
         return;
     }
     enum line kind = line_of(p->dtype);
-    struct panel_kernels k = {tile_of[kind], rows_of[kind], TILE_ROWS, COLUMNS};
+    struct panel_kernels k = {tile_of[kind], rows_of[kind], single_of[kind], TILE_ROWS, COLUMNS, SINGLE_COLUMNS};
     pack_x(p, me, (float *)me->team->scratch);
+    share_out(me);
     if (!team_wait(me))
         return;
-    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
-    if (p->rows == 1)
-        for (; panels.begin + SINGLE_COLUMNS <= panels.end && !cancelled(me); panels.begin += SINGLE_COLUMNS)
-            single_of[kind](p, me->team->scratch, 0, panels.begin);
-    multiply_panels(p, me->team->scratch, &k, panels, me);
+    int64_t together = handful(p, &k, panel_bytes(p->dtype, p->k));
+    for (struct range panels; take_next(me, panels_of(p), together, &panels);)
+        multiply_panels(p, me->team->scratch, &k, panels);
 }
 
 void matmul(const struct matmul *op, struct worker *me)

@@ -14,6 +14,7 @@
 struct team {
     struct control *control;
     char *scratch;
+    struct worker *workers;         /* [threads] */
     int32_t threads;
     bool stop;                      /* agreed upon at the last barrier */
     atomic_flag failed;             /* only the first failure is reported */
@@ -25,6 +26,9 @@ struct team {
 struct worker {
     struct team *team;
     int32_t index;
+    int32_t domain;                  /* NUMA node it runs on */
+    int32_t helped;                  /* shares it has looked at and found taken, first those of its domain, then the rest */
+    _Alignas(64) atomic_llong taken; /* of its own share, by whomever */
 };
 
 /* Waits for all threads; false when the plan has been cancelled or has failed. */
@@ -54,6 +58,12 @@ static inline struct range my_share(const struct worker *me, int64_t count)
 {
     return share_of(count, me->index, me->team->threads);
 }
+
+/* Things that follow each other in memory: every thread takes what comes next of its own share, then of what others have
+ * not come to, first those whose memory is near. All threads call share_out, wait for each other, and take until there is
+ * nothing. */
+void share_out(struct worker *me);
+bool take_next(struct worker *me, int64_t count, int64_t most, struct range *taken);
 
 /* Brings what is needed later into the L2 cache, or what is needed soon into the L1 cache. */
 #ifdef __GNUC__

@@ -7,6 +7,8 @@
 #endif
 #ifdef __linux__
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #define give_way() sched_yield()
 #else
 #define give_way() ((void)0)
@@ -67,6 +69,30 @@ int32_t take(struct worker *me)
     return atomic_fetch_add_explicit(&me->team->next, 1, memory_order_relaxed);
 }
 
+void share_out(struct worker *me)
+{
+    me->helped = 0;
+    atomic_store_explicit(&me->taken, 0, memory_order_relaxed);
+}
+
+bool take_next(struct worker *me, int64_t count, int64_t most, struct range *taken)
+{
+    struct team *team = me->team;
+    for (; me->helped < 2 * team->threads && !cancelled(me); me->helped++) {
+        int32_t other = (me->index + me->helped) % team->threads;
+        bool near = team->workers[other].domain == me->domain;
+        if (near != (me->helped < team->threads))
+            continue;
+        struct range share = share_of(count, other, team->threads);
+        int64_t begin = share.begin + atomic_fetch_add_explicit(&team->workers[other].taken, most, memory_order_relaxed);
+        if (begin < share.end) {
+            *taken = (struct range){begin, min_i64(begin + most, share.end)};
+            return true;
+        }
+    }
+    return false;
+}
+
 void fail(struct worker *me, int32_t status, int32_t detail)
 {
     if (atomic_flag_test_and_set(&me->team->failed))
@@ -98,6 +124,18 @@ static void run_nodes(const struct node *nodes, int32_t count, struct worker *me
     }
 }
 
+/* The NUMA node on which thread `index` runs. */
+static int32_t domain_of(int32_t index, int32_t threads, int32_t pretended)
+{
+    unsigned node = 0;
+    if (pretended)
+        return (int32_t)((int64_t)index * pretended / threads);
+#ifdef SYS_getcpu
+    syscall(SYS_getcpu, NULL, &node, NULL);
+#endif
+    return (int32_t)node;
+}
+
 void release_threads(void)
 {
 #if defined(_OPENMP) && (_OPENMP >= 201811 || (defined(__GNUC__) && __GNUC__ >= 9 && !defined(__clang__)))
@@ -105,23 +143,26 @@ void release_threads(void)
 #endif
 }
 
-int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, struct control *control, void *scratch,
-                 struct node_times *times)
+int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, int32_t domains, struct control *control,
+                 void *scratch, struct node_times *times)
 {
-    struct team team = {.control = control, .scratch = scratch, .threads = 1, .failed = ATOMIC_FLAG_INIT};
+    struct worker workers[threads];
+    struct team team = {.control = control, .scratch = scratch, .workers = workers, .threads = 1, .failed = ATOMIC_FLAG_INIT};
     control->status = STATUS_OK;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
 #endif
     {
-        struct worker me = {&team, 0};
+        int32_t index = 0;
 #ifdef _OPENMP
-        me.index = omp_get_thread_num();
+        index = omp_get_thread_num();
 #pragma omp single
         team.threads = omp_get_num_threads(); /* fewer than asked for, inside somebody's parallel region */
 #endif
+        struct worker *me = &workers[index];
+        *me = (struct worker){.team = &team, .index = index, .domain = domain_of(index, team.threads, domains)};
         amx_begin();
-        run_nodes(nodes, count, &me, times ? times + (int64_t)me.index * count : NULL);
+        run_nodes(nodes, count, me, times ? times + (int64_t)index * count : NULL);
         amx_end();
     }
     (void)threads;

@@ -14,6 +14,8 @@ struct product {
     int32_t dtype, group;     /* group: of a quantised matrix */
 };
 
+static inline int64_t panels_of(const struct product *p) { return round_up(p->out_width, PANEL) / PANEL; }
+
 static inline const float *product_row(const struct product *p, int64_t row)
 {
     return p->x + (p->row_index ? p->row_index[row] : row) * p->x_stride;
@@ -22,12 +24,15 @@ static inline const float *product_row(const struct product *p, int64_t row)
 /* out[some rows from `first` on][of some panels from `panel` on], x packed as the kernel wants it. */
 typedef void panel_kernel(const struct product *p, const void *packed, int64_t first, int64_t panel);
 
-/* tile: exactly tile_rows rows of `columns` panels; rest: one panel, of as many rows as there are left, at most that. */
-struct panel_kernels { panel_kernel *tile, *rest; int64_t tile_rows, columns; };
+/* tile: exactly tile_rows rows of `columns` panels; rest: one panel, of as many rows as there are left, at most that;
+ * single: one row of single_columns panels. */
+struct panel_kernels { panel_kernel *tile, *rest, *single; int64_t tile_rows, columns, single_columns; };
 
 /* All rows times these panels. Few rows wait for memory, and one panel at a time reads fastest. Full tiles share each load
  * of x. */
-void multiply_panels(const struct product *p, const void *packed, const struct panel_kernels *k, struct range panels,
-                     const struct worker *me);
+void multiply_panels(const struct product *p, const void *packed, const struct panel_kernels *k, struct range panels);
+
+/* How many panels of so many bytes a thread takes at a time. */
+int64_t handful(const struct product *p, const struct panel_kernels *k, int64_t bytes);
 
 #endif

@@ -227,11 +227,14 @@ static panel_kernel *const tile_of[] = {
 void multiply_quantised(const struct product *p, struct worker *me)
 {
     int32_t *packed = (int32_t *)me->team->scratch;
-    struct panel_kernels k = {tile_of[p->dtype], rows_of[p->dtype], TILE_ROWS, COLUMNS};
-    struct range panels = my_share(me, round_up(p->out_width, PANEL) / PANEL);
+    struct panel_kernels k = {tile_of[p->dtype], rows_of[p->dtype], rows_of[p->dtype], TILE_ROWS, COLUMNS, 1};
     round_inputs(p, me, packed);
+    share_out(me);
     if (!team_wait(me))
         return;
-    panels.begin = multiply_quantised_tiles(p, packed, panels, me);
-    multiply_panels(p, packed, &k, panels, me);
+    int64_t together = handful(p, &k, quantised_panel_bytes(p->dtype, p->group, p->k));
+    for (struct range panels; take_next(me, panels_of(p), together, &panels);) {
+        panels.begin = multiply_quantised_tiles(p, packed, panels, me);
+        multiply_panels(p, packed, &k, panels);
+    }
 }

@@ -44,7 +44,8 @@ class Ranks:
                 structs[-1].meeting = meeting
                 if name == "gather":
                     structs[-1].x_stride = x.strides[0] // 4
-            return int(device.library.plan_run(nodes, len(mine), device.threads, control, abi.ffi.NULL, abi.ffi.NULL))
+            rest = control, abi.ffi.NULL, abi.ffi.NULL
+            return int(device.library.plan_run(nodes, len(mine), device.threads, 0, *rest))
 
         with ThreadPoolExecutor(len(arrays)) as pool:
             assert not any(pool.map(one, self.meetings, arrays))

@@ -54,7 +54,7 @@ class NativeProgram(Program):
         device = self.device
         check_not_forked()
         filled = abi.ffi.NULL if times is None else abi.ffi.cast("struct node_times *", abi.address(times))
-        status = device.library.plan_run(self.nodes + first, last - first, device.threads, device.control,
+        status = device.library.plan_run(self.nodes + first, last - first, device.threads, 0, device.control,
                                          self.scratch_pointer, filled)  # fmt: skip
         if status:
             raise failure(status, device.control.detail)
