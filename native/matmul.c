@@ -8,13 +8,8 @@ enum {
     COLUMNS = LANES == 16 ? 2 : 1,                    /* panels of a tile when there are many rows */
     TILE_ROWS = ACCUMULATORS / (COLUMNS * VECTORS),   /* 12, 6, 3 */
     SINGLE_COLUMNS = LANES == 8 ? 2 : 1,              /* panels of a single row: with one, sums would wait for each other */
-    WIDENING_ROWS = 4 * TILE_ROWS,                    /* from so many on, weights are widened once for all of them */
-    WIDE_BYTES = 256 << 10,                           /* of widened panels: about half of an L2 cache */
     HANDFUL = 32 << 10                                /* bytes of weights to take at a time for few rows: some 3 µs */
 };
-
-/* How many widened panels lie side by side. */
-static int64_t wide_panels(int64_t k) { return max_i64(1, WIDE_BYTES / panel_bytes(DTYPE_F32, k)); }
 
 /* Floats of packed x per row: one for each input, or one for each pair of bf16. */
 static int64_t packed_floats(int32_t dtype, int64_t k)
@@ -23,6 +18,9 @@ static int64_t packed_floats(int32_t dtype, int64_t k)
         return k;
     return round_up(k, 2) / 2 * BF16_FLOATS;
 }
+
+/* Whether what a panel holds becomes f32 once for all rows: where there is no instruction for it. */
+static bool widens_once(int32_t dtype) { return LANES == 4 && dtype == DTYPE_F16; }
 
 #ifdef __AMX_BF16__
 static int64_t amx_scratch(int64_t k, int64_t rows, int32_t threads);
@@ -36,7 +34,7 @@ static int64_t scratch_bytes(int32_t dtype, int64_t group, int64_t k, int64_t ro
     if (dtype == DTYPE_BF16)
         return amx_scratch(k, rows, threads);
 #endif
-    int64_t wide = is_widened(dtype) ? threads * wide_panels(k) * panel_bytes(DTYPE_F32, k) : 0;
+    int64_t wide = widens_once(dtype) ? threads * panel_bytes(DTYPE_F32, k) : 0;
     return round_up(packed_floats(dtype, k) * rows * 4, 64) + wide;
 }
 
@@ -84,7 +82,7 @@ INLINE void multiply_tile(const struct product *p, const void *packed, int64_t f
                      .ahead = b + AHEAD, .ahead_column = bytes, .ahead_step = line_bytes(kind)};
     vec acc[ACCUMULATORS];
     tile_clear(acc, rows, columns);
-    tile_accumulate(acc, &t, rows, columns, kind);
+    tile_accumulate(acc, &t, rows, columns, kind, TILE_ROWS);
 #pragma GCC unroll 8
     for (int i = 0; i < columns * VECTORS; i++) {
         int64_t column = panel * PANEL + i * LANES, left = p->out_width - column;
@@ -134,44 +132,29 @@ static panel_kernel *const rows_of[] = {[LINE_F32] = rows_f32, [LINE_F16] = rows
 static panel_kernel *const tile_of[] = {[LINE_F32] = tile_f32, [LINE_F16] = tile_f16, [LINE_BF16] = tile_bf16};
 static panel_kernel *const single_of[] = {[LINE_F32] = single_f32, [LINE_F16] = single_f16, [LINE_BF16] = single_bf16};
 
-INLINE void widen_panel(const char *from, int64_t lines, float *to, const enum line kind)
-{
-    for (int64_t line = 0; line < lines; line++, from += line_bytes(kind))
-        to = widen_line(from, to, kind);
-}
-
-/* Many rows: some panels at a time become f32, in the order of the sums that there would be otherwise. */
+/* Many rows: each panel becomes f32, in the order of the sums that there would be otherwise. */
 static void multiply_widened(const struct product *p, struct worker *me)
 {
     struct product wide = *p;
-    int64_t bytes = panel_bytes(DTYPE_F32, p->k), together = wide_panels(p->k);
     char *packed = me->team->scratch;
-    char *own = packed + round_up(p->k * p->rows * 4, 64) + me->index * together * bytes;
+    float *own = (float *)(packed + round_up(p->k * p->rows * 4, 64)) + me->index * p->k * PANEL;
     wide.dtype = DTYPE_F32;
-    wide.weight = own;
+    wide.weight = (const char *)own;
     pack_x(&wide, me, (float *)packed);
     share_out(me);
     if (!team_wait(me))
         return;
-    for (struct range panels; take_next(me, panels_of(p), together, &panels);) {
-        int64_t panel = panels.begin, count = panels.end - panel;
-        for (int64_t i = 0; i < count; i++) {
-            const char *weight = p->weight + (panel + i) * panel_bytes(p->dtype, p->k);
-            if (p->dtype == DTYPE_BF16)
-                widen_panel(weight, p->k / 2, (float *)(own + i * bytes), LINE_BF16);
-            else
-                widen_panel(weight, p->k, (float *)(own + i * bytes), LINE_F16);
-        }
-        wide.out = p->out + panel * PANEL;
-        wide.bias = p->bias ? p->bias + panel * PANEL : NULL;
-        wide.out_width = min_i64(p->out_width - panel * PANEL, count * PANEL);
-        for (int64_t first = 0; first < p->rows; first += TILE_ROWS) {
-            int64_t i = 0;
-            for (; first + TILE_ROWS <= p->rows && i + COLUMNS <= count; i += COLUMNS)
-                tile_f32(&wide, packed, first, i);
-            for (; i < count; i++)
-                rows_f32(&wide, packed, first, i);
-        }
+    for (struct range panels; take_next(me, panels_of(p), 1, &panels);) {
+        int64_t column = panels.begin * PANEL;
+        const char *line = p->weight + panels.begin * panel_bytes(p->dtype, p->k);
+        float *to = own;
+        for (int64_t i = 0; i < p->k; i++, line += line_bytes(LINE_F16))
+            to = widen_line(line, to, LINE_F16);
+        wide.out = p->out + column;
+        wide.bias = p->bias ? p->bias + column : NULL;
+        wide.out_width = min_i64(p->out_width - column, PANEL);
+        for (int64_t first = 0; first < p->rows; first += TILE_ROWS)
+            rows_f32(&wide, packed, first, 0);
     }
 }
 
@@ -275,7 +258,7 @@ static void multiply(const struct product *p, struct worker *me)
         return;
     }
 #endif
-    if (is_widened(p->dtype) && p->rows >= WIDENING_ROWS && p->k % 2 == 0) {
+    if (widens_once(p->dtype) && p->rows > TILE_ROWS) {
         multiply_widened(p, me);
         return;
     }

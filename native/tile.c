@@ -25,7 +25,7 @@ INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t pan
     for (int64_t piece = 0; piece < p->pieces; piece++, t.a += p->depth * line_floats(kind)) {
         t.b = p->b[piece] + panel * p->b_column;
         t.ahead = p->ahead[piece] + panel * p->depth * p->ahead_step;
-        tile_accumulate(acc, &t, rows, columns, kind);
+        tile_accumulate(acc, &t, rows, columns, kind, WAITING_ROWS);
     }
 #pragma GCC unroll 24
     for (int i = 0; i < rows * width; i++)

@@ -87,19 +87,14 @@ INLINE vec multiply_add(vec w, vec x, vec acc, const enum line kind)
     return vec_fma(w, x, acc);
 }
 
-/* Keeps a compiler from deriving one pointer from another, for which it would run out of registers. */
-#ifdef __GNUC__
-#define HIDE(pointer) __asm__("" : "+r"(pointer))
-#else
-#define HIDE(pointer) ((void)0)
-#endif
-
-/* So few rows wait for memory; more have time to bring a line into the L1 cache before they need it: as long before as
- * is right for the time that a line takes. */
+/* So few rows do nothing but wait for memory; more have time to bring a line into the L1 cache before they need it: as
+ * long before as is right for the time that a line takes. */
 enum { WAITING_ROWS = 3, LINES_AHEAD = LANES == 16 ? 16 : 6 };
 
-/* acc[rows][columns * VECTORS] += tile. `rows`, `columns` and `kind` must be constants where this is called. */
-INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, const int columns, const enum line kind)
+/* acc[rows][columns * VECTORS] += tile. Up to `far` rows fetch what lies ahead. `rows`, `columns`, `kind` and `far` must be
+ * constants where this is called. */
+INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, const int columns, const enum line kind,
+                            const int far)
 {
     const int width = columns * VECTORS, parts = line_floats(kind), vector_bytes = line_bytes(kind) / VECTORS;
     const int64_t a_row = t->a_row, a_step = t->a_step, b_step = t->b_step, b_column = t->b_column;
@@ -114,9 +109,9 @@ INLINE void tile_accumulate(vec *acc, const struct tile *t, const int rows, cons
             if (part == 0)
 #pragma GCC unroll 24
                 for (int i = 0; i < columns; i++) {
-                    if (rows <= WAITING_ROWS)
+                    if (rows <= far)
                         FETCH_FAR(ahead + i * t->ahead_column);
-                    else
+                    if (rows > WAITING_ROWS)
                         FETCH_SOON(b + LINES_AHEAD * b_step + i * b_column);
                 }
             if (rows == 1) { /* so many sums leave no registers for more than one vector of B */
