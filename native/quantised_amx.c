@@ -91,7 +91,7 @@ int64_t multiply_quantised_tiles(const struct product *p, const int32_t *packed,
     if (p->rows < FEWEST_ROWS)
         return panel;
     char *own = (char *)packed + inputs_bytes(p->dtype, p->group, p->k, p->rows) + me->index * 2 * size;
-    for (; panel + 2 <= panels.end && !cancelled(me); panel += 2) {
+    for (; panel + 2 <= panels.end; panel += 2) {
         const char *widened[2] = {NULL, NULL};
         if (quant_bits(p->dtype) == 4)
             for (int c = 0; c < 2; c++) {
