@@ -36,8 +36,8 @@ class LLM:
     """A model, ready to generate.
 
     model: a directory in Hugging Face format, a hub name, a `.safetensors` file or an index with its config beside it,
-    or a `.gguf` file. tokenizer: a directory or file, by default the model's. device: "auto", "cpu" or "numpy". isa:
-    "auto" or one that this machine has. dtype: "auto" keeps weights as stored (GGUF's blocks become bfloat16),
+    or a `.gguf` file. tokenizer: a directory or file, by default the model's. device: "auto", "cpu", "cuda" or "numpy".
+    isa: "auto" or one that this machine has. dtype: "auto" keeps weights as stored, GGUF's blocks included,
     "float32" widens them once, "int8" and "int4" quantise them in groups of 64 and 32 inputs ("int4-128" and the like:
     of so many). cache: quantised weights are kept in the user's cache directory and taken from there. kv_dtype: "auto"
     is float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
