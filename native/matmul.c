@@ -1,5 +1,6 @@
 /* Packed matrix times one row or many, the same arithmetic for both: each output is one chain over k. Threads share
- * out the panels, the same way for every step, so that each reads the weights that it put into memory itself. */
+ * out the panels, the same way for every step, so that each reads the weights that it put into memory itself, and then
+ * those that another has not come to. */
 #include "amx.h"
 #include "quantised.h"
 #include "tile.h"
@@ -225,7 +226,7 @@ int64_t handful(const struct product *p, const struct panel_kernels *k, int64_t 
 {
     if (p->rows > k->tile_rows)
         return k->columns;
-    return max_i64(k->single_columns, round_up(HANDFUL / bytes, k->single_columns));
+    return max_i64(k->single_columns, round_up(HANDFUL / max_i64(1, bytes), k->single_columns));
 }
 
 void multiply_panels(const struct product *p, const void *packed, const struct panel_kernels *k, struct range panels)

@@ -119,6 +119,15 @@ def test_rows_of_other_magnitudes_change_nothing() -> None:
             assert_same_bits(layer.forward(loud)[6], layer.forward(x)[6], (device.description, str(dtype)))
 
 
+@every_dtype
+def test_of_no_inputs_the_bias_is_left(dtype: np.dtype) -> None:
+    bias = normal(np.random.default_rng(5), 20)
+    for device in cpu_devices():
+        for rows in (1, 2, 30):
+            out = Linear([np.zeros((20, 0), dtype)], [bias], device=device).forward(np.zeros((rows, 0), np.float32))
+            assert np.array_equal(out, np.tile(bias, (rows, 1))), (device.description, rows)
+
+
 def test_small_and_large_values() -> None:
     """Each row judged by itself. Magnitudes as far apart as float32 products allow without underflow."""
     rng = np.random.default_rng(4)
