@@ -26,7 +26,7 @@ int64_t tile_rows(const struct attention *op, int32_t threads)
     int64_t rows = q_block_of(op) / group_of(op), least = max_i64(1, strip_of(op) / group_of(op));
     while (rows > least && op->q_block == 0 && *op->rows * op->kv_heads < rows * threads * TILES_A_THREAD)
         rows = max_i64(least, rows / 2);
-    return rows;
+    return is_narrow(op) ? narrow_rows(op, rows) : rows;
 }
 
 static int64_t q_row_of(const struct attention *op)
@@ -85,6 +85,7 @@ bool tile_before(struct attention_tile *t, int64_t *end, int64_t max_rows)
         t->row--;
     t->rows = *end - t->row;
     t->queries = t->rows * t->group;
+    t->skipped = 0;
     tile_choose_lines(t);
     *end = t->row;
     return true;
@@ -124,10 +125,9 @@ void tile_load_queries(struct attention_tile *t)
 {
     const struct attention *op = t->op;
     for (int64_t i = 0; i < t->queries; i++) {
-        int64_t row = row_of(t, i), column = (t->kv_head * t->group + i % t->group) * op->head_dim;
-        load_query(t, op->q + row * op->q_stride + column, t->q + i * t->q_row);
+        load_query(t, query_of(t, op->q, op->q_stride, i), t->q + i * t->q_row);
         if (op->sink)
-            load_query(t, op->q_sink + row * op->q_sink_stride + column, t->q_sink + i * t->q_row);
+            load_query(t, query_of(t, op->q_sink, op->q_sink_stride, i), t->q_sink + i * t->q_row);
     }
 }
 
@@ -138,19 +138,24 @@ void tile_clear_sums(struct attention_tile *t)
         t->max[i] = -INFINITY, t->sum[i] = 0.0f;
 }
 
-/* What a strip of queries, from position `first` to `last`, needs of a page: some panels of it, since windows and the
- * diagonal seldom end with a page. What is left out would have added exact zeros. */
+/* What a strip of queries, from position `first` to `last`, needs of a page: windows and the diagonal seldom begin or end
+ * with one. What is left out would have added exact zeros. */
 static struct part part_of(const struct attention_tile *t, int64_t place, int64_t first, int64_t last)
 {
     const struct attention *op = t->op;
     int64_t page = t->page[place], begin = page * PAGE;
     int64_t window = op->window > 0 ? max_i64(0, first - op->window + 1) - begin : 0;
     int64_t sinks = op->sink - begin, from = sinks > 0 ? 0 : max_i64(0, window), to = min_i64(PAGE, last + 1 - begin);
-    int64_t step = max_i64(PANEL, tile_product_lines(t->kind) * t->inputs);
+    int64_t line = tile_product_lines(t->kind) * t->inputs, vector = t->copied ? PANEL : LANES;
     if (window >= PAGE)
         to = min_i64(to, sinks);
-    return (struct part){.page = page, .place = place, .from = from / step * step, .to = round_up(max_i64(to, 0), step),
-                         .sinks = max_i64(0, min_i64(PAGE, sinks)), .only_sinks = window >= PAGE};
+    struct part part = {.page = page, .place = place, .sinks = max_i64(0, min_i64(PAGE, sinks)), .only_sinks = window >= PAGE,
+                        .first = from / line * line, .until = round_up(max_i64(to, 0), line)};
+    part.from = part.first / vector * vector;
+    part.to = part.from + round_up(part.until - part.from, PANEL);
+    if (part.to > PAGE)
+        part.from -= part.to - PAGE, part.to = PAGE;
+    return part;
 }
 
 /* Which page of the memory, and head of it, holds a page of the sequence. */
@@ -175,28 +180,30 @@ static const float *scales_of(const struct attention_tile *t, int64_t page)
     return (const float *)((const char *)op->kv + pages) + page_index(t, page) * page_scales(op->kv_dtype);
 }
 
-/* scores[count rows] of columns [from, to) of a page. Few rows fetch the values of these positions meanwhile. */
-static void multiply_keys(const struct attention_tile *t, const float *q, struct page_lines at, int64_t count, int64_t from,
+/* scores[count rows] of columns [from, to) of a part's page. Few rows fetch the values of these positions meanwhile. */
+static void multiply_keys(const struct attention_tile *t, const struct part *part, const float *q, int64_t count, int64_t from,
                           int64_t to, float *scores, int64_t score_row)
 {
-    const char *panels = at.keys + from / PANEL * t->keys.column, *values = at.values + from / t->inputs * t->values.step;
-    struct tile_product product = {.kind = t->kind, .a = q, .a_row = t->q_row, .b = &panels, .pieces = 1,
+    const char *keys = part->at.keys + from / PANEL * t->keys.column + from % PANEL * (line_bytes(t->kind) / PANEL);
+    const char *values = part->at.values + from / t->inputs * t->values.step;
+    struct tile_product product = {.kind = t->kind, .a = q, .a_row = t->q_row, .b = &keys, .pieces = 1,
                                    .depth = t->key_lines, .b_step = t->keys.step, .b_column = t->keys.column,
                                    .ahead = &values, .ahead_step = line_bytes(t->kind), .c = scores, .c_row = score_row};
     tile_product(&product, count, (to - from) / PANEL);
 }
 
 /* The scores of a part, for queries first .. first + count. Sinks are seen by queries of their own. */
-static void score_part(const struct attention_tile *t, struct part *part, int64_t first, int64_t count, float *scores)
+static void score_part(const struct attention_tile *t, const struct part *part, int64_t first, int64_t count, float *scores)
 {
-    part->at = t->copied ? tile_copy_of(t, part->place) : tile_page(t, part->page);
-    part->scales = scales_of(t, part->page);
-    if (!part->only_sinks)
-        multiply_keys(t, t->q + first * t->q_row, part->at, count, part->from, part->to, scores, t->score_row);
+    const float *q = t->q + first * t->q_row, *q_sink = t->q_sink + first * t->q_row;
+    if (part->only_sinks) {
+        multiply_keys(t, part, q_sink, count, part->from, part->to, scores, t->score_row);
+        return;
+    }
+    multiply_keys(t, part, q, count, part->from, part->to, scores, t->score_row);
     if (!part->sinks)
         return;
-    multiply_keys(t, t->q_sink + first * t->q_row, part->at, count, 0, round_up(part->sinks, PANEL), t->sink_scores,
-                  PAGE);
+    multiply_keys(t, part, q_sink, count, 0, round_up(part->sinks, PANEL), t->sink_scores, PAGE);
     for (int64_t r = 0; r < count; r++)
         memcpy(scores + r * t->score_row, t->sink_scores + r * PAGE, (size_t)part->sinks * sizeof *scores);
 }
@@ -210,28 +217,31 @@ static const char *next_keys(const struct attention_tile *t, const struct part *
     return tile_page(t, page).keys + heads * page_head_bytes(t->op->kv_dtype, t->op->head_dim);
 }
 
-/* out[queries first .. first + count] += weights · values, as many parts of one height at a time as follow each other. Few
- * rows fetch the next keys meanwhile. */
+static bool is_whole(const struct part *part) { return part->until - part->first == PAGE; }
+
+/* out[queries first .. first + count] += weights · values, as many whole pages at a time as follow each other. Few rows fetch
+ * the next keys meanwhile. */
 static void multiply_values(const struct attention_tile *t, int64_t first, int64_t count, int64_t parts)
 {
     const float *weights = t->scores;
+    const int floats = line_floats(t->kind);
     for (int64_t i = 0, run; i < parts; i += run) {
-        int64_t height = t->part[i].to - t->part[i].from;
-        for (run = 0; i + run < parts && t->part[i + run].to - t->part[i + run].from == height; run++) {
-            const struct part *part = &t->part[i + run];
-            t->pieces[run] = part->at.values + part->from / t->inputs * t->values.step;
-            t->ahead[run] = height == PAGE ? next_keys(t, part) : t->pieces[run];
+        const struct part *part = &t->part[i];
+        for (run = 0; run == 0 || (i + run < parts && is_whole(part) && is_whole(part + run)); run++) {
+            t->pieces[run] = part[run].at.values + part[run].first / t->inputs * t->values.step;
+            t->ahead[run] = is_whole(part) ? next_keys(t, part + run) : t->pieces[run];
         }
-        struct tile_product product = {.kind = t->kind, .a = weights, .a_row = t->score_row, .b = t->pieces, .pieces = run,
-                                       .depth = height / t->inputs, .b_step = t->values.step, .b_column = t->values.column,
-                                       .ahead = t->ahead, .ahead_step = line_bytes(t->kind),
+        struct tile_product product = {.kind = t->kind, .a = weights + (part->first - part->from) / t->inputs * floats,
+                                       .a_row = t->score_row, .b = t->pieces, .pieces = run,
+                                       .depth = (part->until - part->first) / t->inputs, .b_step = t->values.step,
+                                       .b_column = t->values.column, .ahead = t->ahead, .ahead_step = line_bytes(t->kind),
                                        .c = t->out + first * t->width, .c_row = t->width, .add = true};
         tile_product(&product, count, t->width / PANEL);
-        weights += run * product.depth * line_floats(t->kind);
+        weights += run * (part->to - part->from) / t->inputs * floats;
     }
 }
 
-static void attend_strip(struct attention_tile *t, int64_t first, int64_t count, int64_t pages)
+void tile_attend_strip(struct attention_tile *t, int64_t first, int64_t count, int64_t pages)
 {
     const struct attention *op = t->op;
     int64_t first_pos = op->pos[row_of(t, first)], last_pos = op->pos[row_of(t, first + count - 1)];
@@ -239,8 +249,10 @@ static void attend_strip(struct attention_tile *t, int64_t first, int64_t count,
     for (int64_t i = 0; i < pages; i++) {
         struct part *part = &t->part[parts];
         *part = part_of(t, i, first_pos, last_pos);
-        if (part->to <= part->from)
+        if (part->until <= part->first)
             continue;
+        part->at = t->copied ? tile_copy_of(t, part->place) : tile_page(t, part->page);
+        part->scales = scales_of(t, part->page);
         score_part(t, part, first, count, t->scores + columns);
         columns += part->to - part->from;
         parts++;
@@ -257,7 +269,7 @@ static void attend_block(struct attention_tile *t, int64_t count)
     if (t->copied)
         tile_copy_pages(t, count);
     for (int64_t first = 0; first < t->queries; first += t->strip)
-        attend_strip(t, first, min_i64(t->strip, t->queries - first), count);
+        tile_attend_strip(t, first, min_i64(t->strip, t->queries - first), count);
 }
 
 void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size, struct ahead after)
@@ -281,15 +293,24 @@ void divide_by_sum(const struct attention *op, const float *sums, float sum, flo
     }
 }
 
+void tile_store_outputs(const struct attention_tile *t)
+{
+    for (int64_t i = 0; i < t->queries; i++)
+        divide_by_sum(t->op, t->out + i * t->width, t->sum[i], out_of(t, i));
+}
+
 /* next_head: the one that this thread is likely to come to next. */
 static void attend_tile(struct attention_tile *t, int64_t block_size, int64_t next_head)
 {
+    if (is_narrow(t->op)) {
+        attend_narrow_tile(t);
+        return;
+    }
     struct ahead after = {min_i64(next_head, t->op->kv_heads - 1), tile_next_page(t, 0)};
     tile_load_queries(t);
     tile_clear_sums(t);
     tile_attend_blocks(t, 0, tile_end_page(t), block_size, after);
-    for (int64_t i = 0; i < t->queries; i++)
-        divide_by_sum(t->op, t->out + i * t->width, t->sum[i], out_of(t, i));
+    tile_store_outputs(t);
 }
 
 void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_size, struct worker *me)

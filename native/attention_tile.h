@@ -16,10 +16,11 @@ struct span { int64_t first, last; }; /* positions, both included */
 /* Where the first lines of a page's keys and values lie. */
 struct page_lines { const char *keys, *values; };
 
-/* What a strip of queries needs of a page: columns [from, to), whole panels. */
+/* What a strip of queries needs of a page. */
 struct part {
     int64_t page, place;           /* the page's number in the sequence, and in the block */
-    int64_t from, to;
+    int64_t from, to;              /* positions whose keys it meets: whole panels of vectors */
+    int64_t first, until;          /* and those of them whose values it meets: whole lines */
     int64_t sinks;                 /* how many of the page's positions are sinks */
     bool only_sinks;               /* and whether they are all that is seen of it */
     struct page_lines at;
@@ -35,6 +36,7 @@ struct panels { int64_t step, column; };
 struct attention_tile {
     const struct attention *op;
     int64_t row, rows;             /* of one sequence, in order of position */
+    int64_t skipped;               /* queries of the first row that are not the tile's */
     int64_t kv_head, group;        /* group: query heads to a KV head */
     int64_t queries, width;        /* rows * group; floats of a query's sums, whole panels */
     int64_t strip;                 /* queries whose scores exist at a time */
@@ -75,6 +77,7 @@ struct page_lines tile_copy_of(const struct attention_tile *t, int64_t place);
 
 void tile_load_queries(struct attention_tile *t);
 void tile_clear_sums(struct attention_tile *t);
+void tile_store_outputs(const struct attention_tile *t);
 
 /* What a row sees beside the sinks. */
 struct span visible(const struct attention *op, int64_t row);
@@ -85,6 +88,9 @@ int64_t tile_end_page(const struct attention_tile *t);
 /* Adds to the sums the keys and values of those of pages [first, until) that the tile sees, in blocks of `size` pages cut
  * at multiples of it. `after`: where the walk goes on then. */
 void tile_attend_blocks(struct attention_tile *t, int64_t first, int64_t until, int64_t size, struct ahead after);
+
+/* Adds to the sums of `count` queries those of the first `pages` pages of t->page that they see. */
+void tile_attend_strip(struct attention_tile *t, int64_t first, int64_t count, int64_t pages);
 
 /* Turns the scores of `count` queries, `columns` each, those of t->part[0 .. parts], into weights in place, as the
  * micro-kernel reads A, and counts them into the queries' highest scores and sums. */
@@ -97,12 +103,20 @@ void divide_by_sum(const struct attention *op, const float *sums, float sum, flo
  * sequence meet a head before the next: its keys and values, which all of them read, stay in the last cache. */
 void attend_by_tiles(struct attention_tile *t, int64_t max_rows, int64_t block_size, struct worker *me);
 
-/* Query i of a tile is head i % group of row i / group. */
-static inline int64_t row_of(const struct attention_tile *t, int64_t query) { return t->row + query / t->group; }
+/* Query i of a tile is head i % group of row i / group, where none are skipped. */
+static inline int64_t row_of(const struct attention_tile *t, int64_t query) { return t->row + (t->skipped + query) / t->group; }
+static inline int64_t column_of(const struct attention_tile *t, int64_t query)
+{
+    return (t->kv_head * t->group + (t->skipped + query) % t->group) * t->op->head_dim;
+}
 static inline float *out_of(const struct attention_tile *t, int64_t query)
 {
-    int64_t head = t->kv_head * t->group + query % t->group;
-    return t->op->out + row_of(t, query) * t->op->out_stride + head * t->op->head_dim;
+    return t->op->out + row_of(t, query) * t->op->out_stride + column_of(t, query);
+}
+/* q: op->q or op->q_sink. */
+static inline const float *query_of(const struct attention_tile *t, const float *q, int64_t stride, int64_t query)
+{
+    return q + row_of(t, query) * stride + column_of(t, query);
 }
 /* Queries that fill the micro-kernel. */
 static inline int64_t strip_of(const struct attention *op) { return tile_product_rows(line_of(op->kv_dtype)); }
@@ -119,9 +133,15 @@ static inline float exp2_of(float x)
     return lane[0];
 }
 
-/* The blocks of flash and streaming attention: the most queries to a tile, and pages of keys. */
+/* Whether windows are so narrow that what a tile sees, of so many rows at most, is one block; such a tile. */
+bool is_narrow(const struct attention *op);
+int64_t narrow_rows(const struct attention *op, int64_t rows);
+void attend_narrow_tile(const struct attention_tile *t);
+
+/* The blocks of flash and streaming attention: the most queries to a tile, and the most keys and pages. */
 int64_t q_block_of(const struct attention *op);
-static inline int64_t block_pages(const struct attention *op) { return op->kv_block / PAGE; }
+int64_t block_keys(const struct attention *op);
+static inline int64_t block_pages(const struct attention *op) { return block_keys(op) / PAGE; }
 /* Rows to a tile in a step of so many: fewer than fill a tile where threads would otherwise have nothing to do. */
 int64_t tile_rows(const struct attention *op, int32_t threads);
 

@@ -6,7 +6,7 @@
 
 static int64_t place(struct attention_tile *t, char *memory)
 {
-    return tile_place(t, memory, q_block_of(t->op), strip_of(t->op), t->op->kv_block);
+    return tile_place(t, memory, q_block_of(t->op), strip_of(t->op), block_keys(t->op));
 }
 
 int64_t flash_attention_scratch(const struct attention *op, int32_t threads, int32_t max_rows)

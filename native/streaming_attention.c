@@ -19,7 +19,7 @@ struct scratch {
 
 static int64_t place(struct attention_tile *t, char *memory)
 {
-    return tile_place(t, memory, max_i64(q_block_of(t->op), t->op->heads), strip_of(t->op), t->op->kv_block);
+    return tile_place(t, memory, max_i64(q_block_of(t->op), t->op->heads), strip_of(t->op), block_keys(t->op));
 }
 
 static int64_t divide(const struct attention *op, int32_t threads, int64_t max_rows, struct worker *me, struct scratch *s)

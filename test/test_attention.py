@@ -44,6 +44,8 @@ CHUNKED = (
     AttentionCase(4, 4, 16, (140, 66), window=5),
     AttentionCase(4, 2, 40, (129, 64), window=70),
     AttentionCase(2, 1, 24, (1090, 3), kv_block=64),
+    AttentionCase(1, 1, 16, (900,), window=386),  # all that 64 rows see is one block; with one more it is not
+    AttentionCase(1, 1, 16, (900,), window=387),
 )
 SINKS = (
     AttentionCase(4, 2, 16, (200, 3, 70), window=64, sink=4),
@@ -51,6 +53,8 @@ SINKS = (
     AttentionCase(2, 2, 40, (300,), window=70, sink=64),
     AttentionCase(3, 1, 16, (400,), window=100, sink=130),
     AttentionCase(2, 1, 16, (1300,), window=1100, sink=4, kv_block=128),
+    AttentionCase(1, 1, 16, (900,), window=258, sink=65),
+    AttentionCase(1, 1, 16, (900,), window=259, sink=65),
 )
 
 
