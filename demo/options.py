@@ -156,7 +156,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("-c", "--ctx-size", type=integer, dest="max_seq_len", metavar="N", help="positions of the context, "
         "prompt and reply together; by default 4096, at most the model's own limit")  # fmt: skip
-    add("-t", "--threads", type=integer, metavar="N", help="by default one a core")
+    add("-t", "--threads", type=integer, metavar="N", help="by default one a core, and fewer in short steps")
     add("--device", metavar="NAME", help="auto, cpu, cuda or numpy")
     add("--tp", type=positive, metavar="N", help="ranks that share each layer: by default all that mpiexec has started")
     add("--pp", type=positive, metavar="N", help="stages of ranks that share the layers, by default 1: "

@@ -41,8 +41,9 @@ class LLM:
     "float32" widens them once, "int8" and "int4" quantise them in groups of 64 and 32 inputs ("int4-128" and the like:
     of so many). cache: quantised weights are kept in the user's cache directory and taken from there. kv_dtype: "auto"
     is float32 for float32 weights, else bfloat16. max_seq_len: positions of a sequence, at most the model's own limit.
-    max_batch: sequences that run together; more prompts queue. threads: by default one a core. attention: "auto",
-    "standard", "flash" or "streaming". q_block, kv_block: queries and keys to a block of the last two.
+    max_batch: sequences that run together; more prompts queue. threads: by default one a core, and fewer in short
+    steps. attention: "auto", "standard", "flash" or "streaming". q_block, kv_block: queries and keys to a block of the
+    last two.
 
     With attention="streaming", a `window` and perhaps a `sink`, a token sees the last `window` positions and the first
     `sink` only (StreamingLLM: Xiao et al., 2023). Prompts and texts then have no end, memory and time per token stay

@@ -38,8 +38,11 @@ struct control {
 
 struct worker;
 
+/* work: what the node has to do now, in bytes that it reads; four floating-point operations, which take about as long,
+ * count as one. NULL where it has little to do, or every thread is to take part whatever there is to do. */
 struct node {
     void (*run)(const void *op, struct worker *me);
+    int64_t (*work)(const void *op);
     const void *op;
 };
 
@@ -48,7 +51,8 @@ struct node_times {
     int64_t begin, end, passed;
 };
 
-/* Runs the nodes in order on `threads` threads, a barrier after each. domains: 0, or how many NUMA nodes to pretend that
+/* Runs the nodes in order, a barrier after each, on `threads` threads, or on fewer where nodes know their work and it is
+ * little. domains: 0, or how many NUMA nodes to pretend that
  * the threads run on. times: NULL, or [threads][count] to be filled; a thread or node that did not run leaves its entry
  * alone. Returns enum status. */
 int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, int32_t domains, struct control *control,
@@ -97,6 +101,7 @@ struct matmul {
 };
 void matmul(const struct matmul *op, struct worker *me);
 int64_t matmul_scratch(const struct matmul *op, int32_t threads, int32_t max_rows);
+int64_t matmul_work(const struct matmul *op);
 
 /* out[i] = x[row_index[i]] · weightᵀ, for the rows that want logits. */
 struct logits {
@@ -109,6 +114,7 @@ struct logits {
 };
 void logits(const struct logits *op, struct worker *me);
 int64_t logits_scratch(const struct logits *op, int32_t threads, int32_t max_rows);
+int64_t logits_work(const struct logits *op);
 
 /* angles[r] = cos and sin of min(pos[r], last_pos) · inv_freq, in double precision, times `scaling`:
  * [width/2 cos | width/2 sin]. */
@@ -163,6 +169,8 @@ struct attention {
     int32_t from_pos, until_pos;
     float scale;
 };
+/* Of every kind. */
+int64_t attention_work(const struct attention *op);
 /* All scores of a row at once. */
 void attention(const struct attention *op, struct worker *me);
 int64_t attention_scratch(const struct attention *op, int32_t threads, int32_t max_rows);

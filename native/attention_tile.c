@@ -91,6 +91,16 @@ bool tile_before(struct attention_tile *t, int64_t *end, int64_t max_rows)
     return true;
 }
 
+int64_t attention_work(const struct attention *op)
+{
+    int64_t bytes = op->kv_heads * page_head_bytes(op->kv_dtype, op->head_dim) / PAGE, seen = 0;
+    for (int64_t row = 0; row < *op->rows; row++) {
+        struct span span = visible(op, row);
+        seen += span.last + 1 - span.first + min_i64(op->sink, span.first);
+    }
+    return seen * max_i64(bytes, op->heads * op->head_dim);
+}
+
 struct span visible(const struct attention *op, int64_t row)
 {
     int64_t pos = op->pos[row];

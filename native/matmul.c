@@ -282,6 +282,18 @@ void matmul(const struct matmul *op, struct worker *me)
     multiply(&p, me);
 }
 
+/* Few rows wait for the weights, many multiply. */
+static int64_t product_work(int32_t dtype, int64_t group, int64_t k, int64_t n, int64_t rows)
+{
+    int64_t bytes = (n + PANEL - 1) / PANEL * packed_panel_bytes(dtype, group, k);
+    return rows > 0 ? max_i64(bytes, rows * n * k / 2) : 0;
+}
+
+int64_t matmul_work(const struct matmul *op)
+{
+    return product_work(op->weight_dtype, op->weight_group, op->x_width, op->out_width, *op->rows);
+}
+
 int64_t matmul_scratch(const struct matmul *op, int32_t threads, int32_t max_rows)
 {
     return scratch_bytes(op->weight_dtype, op->weight_group, op->x_width, max_rows, threads);
@@ -293,6 +305,11 @@ void logits(const struct logits *op, struct worker *me)
                         .rows = *op->rows, .k = op->x_width, .x_stride = op->x_stride, .out_width = op->out_width,
                         .out_stride = op->out_stride, .dtype = op->weight_dtype, .group = op->weight_group};
     multiply(&p, me);
+}
+
+int64_t logits_work(const struct logits *op)
+{
+    return product_work(op->weight_dtype, op->weight_group, op->x_width, op->out_width, *op->rows);
 }
 
 int64_t logits_scratch(const struct logits *op, int32_t threads, int32_t max_rows)

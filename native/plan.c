@@ -143,12 +143,29 @@ void release_threads(void)
 #endif
 }
 
+enum { WORTH_A_THREAD = 4 << 20 }; /* bytes: some 200 µs, a quarter of which it takes to start a thread */
+
+/* How many threads there is work for, up to `threads`. With fewer than there are cores, a short step also waits for no core
+ * that another program has. */
+static int32_t threads_for(const struct node *nodes, int32_t count, int32_t threads)
+{
+    int64_t work = 0;
+    bool is_known = false;
+    for (int32_t i = 0; i < count && work < (int64_t)threads * WORTH_A_THREAD; i++)
+        if (nodes[i].work) {
+            is_known = true;
+            work += nodes[i].work(nodes[i].op);
+        }
+    return is_known ? (int32_t)max_i64(1, min_i64(threads, work / WORTH_A_THREAD)) : threads;
+}
+
 int32_t plan_run(const struct node *nodes, int32_t count, int32_t threads, int32_t domains, struct control *control,
                  void *scratch, struct node_times *times)
 {
     struct worker workers[threads];
     struct team team = {.control = control, .scratch = scratch, .workers = workers, .threads = 1, .failed = ATOMIC_FLAG_INIT};
     control->status = STATUS_OK;
+    threads = threads_for(nodes, count, threads);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
 #endif

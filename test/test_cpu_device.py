@@ -15,13 +15,15 @@ from harness import WEIGHT_DTYPES, WIDTHS, cpu_devices, host_devices, isa_pairs,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from demo.attention_rig import AttentionRig, AttentionShape
 from engine import abi, machine
-from engine.abi import BFLOAT16, FLOAT16, FLOAT32
+from engine.abi import BFLOAT16, FLOAT16, FLOAT32, struct_dtype
 from engine.cpu.huge_pages import ALIGNMENT, HUGE_PAGE, reserve
-from engine.device import cpu, device_types, open_device
+from engine.device import Device, cpu, device_types, open_device
 from engine.errors import RillError, UsageError
-from engine.layer import Weight, matrix, vector
+from engine.layer import Weight, matrix, plan_input, vector
 from engine.ops.matmul import Linear
+from engine.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 NAMES = {FLOAT32: "F32", BFLOAT16: "BF16", FLOAT16: "F16"}
@@ -125,12 +127,49 @@ def test_the_choice_is_said_once() -> None:
     assert device.description == "baseline (asked for), 2 threads (asked for)"
 
 
+def threads_of(plan: Plan, threads: int) -> int:
+    """How many threads take part in a replay."""
+    times = np.zeros((threads, len(plan.nodes)), struct_dtype("node_times"))
+    assert plan.program
+    plan.program.run(0, len(plan.nodes), times)
+    return int((times["end"] > 0).any(axis=1).sum())
+
+
+def product(device: Device, outputs: int, inputs: int, rows: int) -> Plan:
+    plan, rng = Plan(device), np.random.default_rng(0)
+    layer = Linear([normal(rng, outputs, inputs)], name="weight", device=device)
+    device.load(list(layer.weights()))
+    count = plan_input(plan, np.array([rows], np.int32), None, "rows")
+    plan.keep(layer.record(plan_input(plan, normal(rng, rows, inputs), count, "x")))
+    plan.lower()
+    return plan
+
+
+@pytest.mark.parametrize(("outputs", "rows", "expected"), [
+    (1024, 1, 1), (1024, 16, 2), (2048, 1, 2), (16384, 1, 3), (16384, 0, 1),
+])  # fmt: skip
+def test_short_steps_take_fewer_threads(outputs: int, rows: int, expected: int) -> None:
+    """A thread for every 4 MiB of weights, or for as many products as take as long; of a wish, all."""
+    for isa in cpu.available_isas():
+        assert threads_of(product(cpu.CPUDevice(isa, 3, adapts=True), outputs, 1024, rows), 3) == expected
+        assert threads_of(product(cpu.CPUDevice(isa, 3), outputs, 1024, rows), 3) == 3
+
+
+def test_the_cache_counts_as_work() -> None:
+    device = cpu.CPUDevice(cpu.available_isas()[-1], 2, adapts=True)
+    for kind in ("standard", "flash", "streaming"):
+        for window, expected in ((None, 2), (64, 1)):
+            rig = AttentionRig(device, AttentionShape(8, 8, 128, (2048,), window), kind, rows=1)
+            rig.store()
+            assert threads_of(rig.plan, 2) == expected, (kind, window)
+
+
 BOUND = """
 import os
 from engine import LLM
 for _ in range(2):
     with LLM("models/tiny-qwen3") as llm:
-        llm.logits([1])
+        llm.logits([1] * 100)  # enough work for all threads
         print(llm.device.threads)
         masks = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
 print(sorted(min(mask) for mask in masks if len(mask) == 1))

@@ -10,7 +10,7 @@ import pytest
 from harness import isa_pairs
 
 from engine import abi
-from engine.cpu.program import entry_type
+from engine.cpu.program import function
 from engine.device.cpu import CPUDevice
 from engine.ranks.comm import sum_pairwise
 from engine.ranks.split import Split
@@ -39,7 +39,7 @@ class Ranks:
             nodes, structs = abi.ffi.new("struct node[]", len(mine)), []
             for node, x in zip(nodes, mine, strict=True):
                 structs.append(abi.ffi.new(f"struct {name} *"))
-                node.run, node.op = abi.ffi.cast(entry_type(), abi.ffi.addressof(device.library, name)), structs[-1]
+                node.run, node.op = function(device.library, name, "run"), structs[-1]
                 structs[-1].rows, structs[-1].x, structs[-1].x_width = count, pointer(x), x.shape[1]
                 structs[-1].meeting = meeting
                 if name == "gather":

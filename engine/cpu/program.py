@@ -37,8 +37,10 @@ class NativeProgram(Program):
 
     def _bind(self, i: int, node: Node, struct: Any) -> None:
         entry = self.nodes[i]
-        entry.run = abi.ffi.cast(entry_type(), abi.ffi.addressof(self.device.library, node.op.name))
+        entry.run = function(self.device.library, node.op.name, "run")
         entry.op = struct
+        if self.device.adapts and hasattr(self.device.library, f"{node.op.struct or node.op.name}_work"):
+            entry.work = function(self.device.library, f"{node.op.struct or node.op.name}_work", "work")
 
     def meet(self, meeting: Any) -> list[int]:
         collectives = [(i, node) for i, node in enumerate(self.plan.nodes) if node.op.collective]
@@ -60,8 +62,9 @@ class NativeProgram(Program):
             raise failure(status, device.control.detail)
 
 
-def entry_type() -> Any:
-    return abi.ffi.typeof("struct node").fields[0][1].type
+def function(library: Any, name: str, field: str) -> Any:
+    """A function of the library as a field of struct node takes it."""
+    return abi.ffi.cast(dict(abi.ffi.typeof("struct node").fields)[field].type, abi.ffi.addressof(library, name))
 
 
 _thread_owner: int | None = None  # the process that has started OpenMP's threads
