@@ -87,6 +87,7 @@ def _open_peers(options: Options, comm: Comm | None) -> Comm | None:
 
 def _open(options: Options, comm: Comm | None, peers: Comm | None) -> Opened:
     device = open_device(options.device, isa=options.isa, threads=options.threads, sharing=comm.sharing if comm else 1)
+    device.adapts = options.threads is None
     if comm and peers:
         shape = f" (tp {peers.size} × pp {peers.stage.count})" if peers.stage.count > 1 else ""
         device.description += f" on each of {comm.size} ranks{shape}{comm.bound}"

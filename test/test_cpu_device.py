@@ -127,6 +127,12 @@ def test_the_choice_is_said_once() -> None:
     assert device.description == "baseline (asked for), 2 threads (asked for)"
 
 
+def adapting(isa: str, threads: int) -> Device:
+    device = cpu.CPUDevice(isa, threads)
+    device.adapts = True
+    return device
+
+
 def threads_of(plan: Plan, threads: int) -> int:
     """How many threads take part in a replay."""
     times = np.zeros((threads, len(plan.nodes)), struct_dtype("node_times"))
@@ -151,12 +157,12 @@ def product(device: Device, outputs: int, inputs: int, rows: int) -> Plan:
 def test_short_steps_take_fewer_threads(outputs: int, rows: int, expected: int) -> None:
     """A thread for every 4 MiB of weights, or for as many products as take as long; of a wish, all."""
     for isa in cpu.available_isas():
-        assert threads_of(product(cpu.CPUDevice(isa, 3, adapts=True), outputs, 1024, rows), 3) == expected
+        assert threads_of(product(adapting(isa, 3), outputs, 1024, rows), 3) == expected
         assert threads_of(product(cpu.CPUDevice(isa, 3), outputs, 1024, rows), 3) == 3
 
 
 def test_the_cache_counts_as_work() -> None:
-    device = cpu.CPUDevice(cpu.available_isas()[-1], 2, adapts=True)
+    device = adapting(cpu.available_isas()[-1], 2)
     for kind in ("standard", "flash", "streaming"):
         for window, expected in ((None, 2), (64, 1)):
             rig = AttentionRig(device, AttentionShape(8, 8, 128, (2048,), window), kind, rows=1)

@@ -73,6 +73,7 @@ class Device(ABC):
     description: str  # one phrase for people: what was chosen and why
     notes: list[str]  # and what else they should know, each a line
     details: list[str]  # or may want to know
+    adapts = False  # whether plans lowered from now on take fewer threads where there is little to do
 
     @abstractmethod
     def allocate(self, tensors: Sequence[Tensor]) -> None:

@@ -75,18 +75,16 @@ def choose_threads(wanted: int | None, sharing: int = 1) -> tuple[int, str]:
 def open(isa: str, threads: int | None, sharing: int = 1) -> CPUDevice:
     chosen, why = choose_isa(isa)
     count, why_count = choose_threads(threads, sharing)
-    device = CPUDevice(chosen, count, adapts=threads is None)
+    device = CPUDevice(chosen, count)
     device.description = f"{chosen} ({why}), {count} threads ({why_count})"
     return device
 
 
 class CPUDevice(Device):
-    """adapts: short steps take fewer threads."""
-
     type = "cpu"
 
-    def __init__(self, isa: str, threads: int, adapts: bool = False) -> None:
-        self.isa, self.threads, self.adapts = isa, threads, adapts
+    def __init__(self, isa: str, threads: int) -> None:
+        self.isa, self.threads = isa, threads
         if isa not in available_isas():  # to ask is what makes the kernel allow AMX
             raise UsageError(f"isa {isa!r}: this machine has {', '.join(available_isas())}")
         self.description = f"{isa}, {threads} threads"
