@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
-from engine.abi import BFLOAT16, FLOAT16, FLOAT32
+from engine.abi import BFLOAT16, FLOAT16, FLOAT32, constants
 from engine.device import Device, default_device
 from engine.errors import UsageError
 from engine.plan import Plan, Tensor
 from engine.quantised import Format, QuantisedMatrix, format_of, quantise, stack
+
+DECODED = 2 << 20  # bytes of float32 that are decoded or quantised at once
 
 
 class Source(Protocol):
@@ -47,6 +50,21 @@ class Weight(Tensor):
             return quantise(self.stacked_rows(start, stop), format, self.name)
         parts = [source.quantised_rows(begin, end) for source, begin, end in self._parts(start, stop)]
         return parts[0] if len(parts) == 1 else stack(parts)
+
+    def quantised_parts(self, threads: int) -> Iterator[tuple[int, QuantisedMatrix]]:
+        """All rows of a quantised weight in slices, each with its first row's number. So many threads quantise."""
+        parts = list(self.slices())
+        with ThreadPoolExecutor(threads) as pool:
+            for i in range(0, len(parts), threads):  # so many at a time that they take little memory
+                firsts, lasts = zip(*parts[i : i + threads], strict=True)
+                yield from zip(firsts, pool.map(self.quantised_rows, firsts, lasts), strict=True)
+
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """Rows [first, last) to be decoded or quantised at once, whole panels: the whole never lies in memory twice."""
+        panel = int(constants.PANEL)
+        step = max(DECODED // max(4 * self.shape[1], 1) // panel, 1) * panel
+        for first in range(0, self.shape[0], step):
+            yield first, min(first + step, self.shape[0])
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
         """Which rows of which sources lie in [start, stop)."""

@@ -74,7 +74,8 @@ def test_decode_over_ranges(gpu: CUDADevice, dtype: np.dtype) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"attention": "streaming", "window": 32, "sink": 4},
-                                     {"kv_dtype": "int8"}, {"attention": "standard"}], ids=str)  # fmt: skip
+                                     {"kv_dtype": "int8"}, {"attention": "standard"}, {"dtype": "int8"},
+                                     {"dtype": "int4"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("name", MODELS)
 def test_every_node_is_the_oracles(name: str, options: dict[str, Any]) -> None:
     report = verify(str(ROOT / "models" / name), list(range(20, 120)), gen_len=4, device="cuda", **options)

@@ -42,9 +42,10 @@ def test_greedy_tokens_are_the_cpus(name: str, options: dict[str, Any]) -> None:
     assert tokens[0] == tokens[1] and len(tokens[0]) == 4
 
 
-def test_every_node_is_the_oracles() -> None:
+@pytest.mark.parametrize("dtype", ["auto", "int8", "int4-64"])
+def test_every_node_is_the_oracles(dtype: str) -> None:
     """Node by node on the emulated device's own inputs, weights included."""
-    report = verify(str(BUNDLED / "tiny-qwen3"), list(range(20, 40)), gen_len=1, device="cuda")
+    report = verify(str(BUNDLED / "tiny-qwen3"), list(range(20, 40)), gen_len=1, device="cuda", dtype=dtype)
     assert report.passed, report.lines
 
 

@@ -173,7 +173,7 @@ def test_packing_goes_slice_by_slice(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_json(tmp_path / "config.json", LLAMA | TIED | shape)
     write_gguf(tmp_path, tmp_path / "a.gguf", "Q8_0")
     expected = LLM(tmp_path / "a.gguf", dtype="float32").logits(IDS)
-    monkeypatch.setattr("engine.device.cpu.DECODED", 1, raising=False)
+    monkeypatch.setattr("engine.layer.DECODED", 1)
     assert equal(LLM(tmp_path / "a.gguf", dtype="float32").logits(IDS), expected)
 
 

@@ -122,7 +122,7 @@ def test_rows_of_other_magnitudes_change_nothing() -> None:
 @every_dtype
 def test_of_no_inputs_the_bias_is_left(dtype: np.dtype) -> None:
     bias = normal(np.random.default_rng(5), 20)
-    for device in cpu_devices():
+    for device in devices():
         for rows in (1, 2, 30):
             out = Linear([np.zeros((20, 0), dtype)], [bias], device=device).forward(np.zeros((rows, 0), np.float32))
             assert np.array_equal(out, np.tile(bias, (rows, 1))), (device.description, rows)

@@ -22,7 +22,9 @@ abi.ffi.cdef(_header())
 n = abi.constants
 
 
-DTYPES = {n.DTYPE_F32: "f32", n.DTYPE_BF16: "bf16", n.DTYPE_F16: "f16", n.DTYPE_I8: "i8"}  # as kernels' names end
+# As kernels' names end.
+DTYPES = {n.DTYPE_F32: "f32", n.DTYPE_BF16: "bf16", n.DTYPE_F16: "f16", n.DTYPE_I8: "i8", n.DTYPE_I4: "i4",
+          n.DTYPE_U8: "u8", n.DTYPE_U4: "u4"}  # fmt: skip
 
 FLASH_WIDTHS = (64, 96, 128, 256)  # head_dim rounded up: the kernels that there are
 
@@ -69,11 +71,13 @@ def kv_store(op: Any, rows: int) -> list[Launch]:
 
 def matmul(op: Any, rows: int, name: str = "matmul") -> list[Launch]:
     dtype = DTYPES[op.weight_dtype]
-    if rows <= n.FEW:
-        blocks = ceil_div(op.out_width * n.WARP, n.THREADS)
-        return [Launch(f"{name}_{'one' if rows <= 1 else 'few'}_{dtype}", (blocks if rows else 0, 1, 1), n.THREADS)]
-    grid = ceil_div(op.out_width, n.TILE), ceil_div(rows, n.TILE), 1
-    return [Launch(f"{name}_many_{dtype}", grid, n.TENSOR_THREADS if dtype == "bf16" else n.THREADS)]
+    if rows > n.FEW:
+        grid = ceil_div(op.out_width, n.TILE), ceil_div(rows, n.TILE), 1
+        tensors = op.weight_group or dtype == "bf16"
+        return [Launch(f"{name}_many_{dtype}", grid, n.TENSOR_THREADS if tensors else n.THREADS)]
+    outputs = n.PANEL if op.weight_group else n.THREADS // n.WARP  # of a block
+    count = "few" if op.weight_group or rows > 1 else "one"
+    return [Launch(f"{name}_{count}_{dtype}", (ceil_div(op.out_width, outputs) if rows else 0, 1, 1), n.THREADS)]
 
 
 def logits(op: Any, rows: int) -> list[Launch]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from engine.quantised import QuantisedMatrix
 
 SLICE = 4096  # rows of a matrix that the oracle sees unpacked at once
-DECODED = 2 << 20  # bytes of float32 that are decoded at once, where a file's weights have to be
 
 
 def available_isas() -> list[str]:
@@ -151,16 +149,12 @@ class CPUDevice(Device):
             self._pack(weight, weight.sources, 0, weight.shape[0])
 
     def _pack_decoded(self, weight: Weight) -> None:
-        for first, last in slices(weight):
+        for first, last in weight.slices():
             self._pack(weight, [weight.stacked_rows(first, last)], first, last - first)
 
     def _pack_quantised(self, weight: Weight) -> None:
-        parts = list(slices(weight))
-        with ThreadPoolExecutor(self.threads) as pool:
-            for i in range(0, len(parts), self.threads):  # so many at a time that they take little memory
-                firsts, lasts = zip(*parts[i : i + self.threads], strict=True)
-                for first, rows in zip(firsts, pool.map(weight.quantised_rows, firsts, lasts), strict=True):
-                    self._pack_quants(weight, first, rows)
+        for first, rows in weight.quantised_parts(self.threads):
+            self._pack_quants(weight, first, rows)
 
     def _pack_quants(self, weight: Weight, first: int, rows: QuantisedMatrix) -> None:
         arrays = [np.ascontiguousarray(a) for a in (rows.quants, rows.scales, rows.minimums) if a is not None]
@@ -279,14 +273,6 @@ class CPUDevice(Device):
 
     def cancel(self, flag: bool) -> None:
         self.control.cancel = flag
-
-
-def slices(weight: Weight) -> Iterator[tuple[int, int]]:
-    """Rows [first, last) to be decoded or quantised at once, whole panels: the whole never lies in memory twice."""
-    panel = abi.constants.PANEL
-    step = max(DECODED // (4 * weight.shape[1]) // panel, 1) * panel
-    for first in range(0, weight.shape[0], step):
-        yield first, min(first + step, weight.shape[0])
 
 
 class PackedMatrix:

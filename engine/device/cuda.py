@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine import abi
+from engine import abi, machine
 from engine.cuda import launches
 from engine.cuda.device_array import Allocation, DeviceArray
 from engine.cuda.driver import open_driver
-from engine.cuda.launches import Launch, row_bytes
+from engine.cuda.launches import Launch, ceil_div, row_bytes
+from engine.cuda.panels import Panels
 from engine.device import Cancelled, Device, Program, Progress, failure
 from engine.errors import RillError, UsageError
 from engine.int8 import Int8Array, dequantise, quantise
+from engine.quantised import Format
 
 if TYPE_CHECKING:
     from engine.cuda.driver import Driver
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 MAX_RECORDED = 256  # steps of different shapes that are remembered to be recorded
 STAGED = 8 << 20  # bytes of a weight that are on their way at once
 UINT8 = np.dtype(np.uint8)
+PANEL = int(abi.constants.PANEL)
 
 
 def open(isa: str, threads: int | None, sharing: int = 1) -> CUDADevice:
@@ -86,10 +89,6 @@ class CUDADevice(Device):
         return DeviceArray(Allocation(self.driver, max(size, 1)), shape, dtype)
 
     def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
-        for weight in weights:
-            if weight.group:
-                raise UsageError(f"{weight.name}: the cuda device has no {weight.dtype.name} weights yet; "
-                                 "dtype='float32' widens those of a file")  # fmt: skip
         total, done = sum(self.weight_bytes(weight) for weight in weights), 0
         arena = self._array((total,), UINT8)
         for weight in weights:
@@ -97,7 +96,7 @@ class CUDADevice(Device):
             memory = arena.part(done, (size,), UINT8)
             if weight.layout == "matrix":
                 weight.storage = memory
-                self._load_matrix(weight)
+                self._load_quantised(weight) if weight.group else self._load_matrix(weight)
             else:
                 weight.storage = memory.part(0, weight.shape, weight.dtype)
                 parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
@@ -110,18 +109,28 @@ class CUDADevice(Device):
     def _load_matrix(self, weight: Weight) -> None:
         """Reads rows into one small pinned buffer while another is on its way."""
         size, width = self._row_bytes(weight), weight.shape[1] * weight.dtype.itemsize
-        step = max(1, STAGED // size)
+        step = max(1, STAGED // max(size, 1))
         for start in range(0, weight.shape[0], step):
             stop = min(start + step, weight.shape[0])
-            staged = self.driver.staging((stop - start) * size).reshape(-1, size)
+            staged = self.driver.staging((stop - start) * size).reshape(stop - start, size)
             staged[:, :width] = np.ascontiguousarray(weight.stacked_rows(start, stop)).view(np.uint8)
             staged[:, width:] = 0
             self.driver.send(weight.storage.address + start * size, staged)
+
+    def _load_quantised(self, weight: Weight) -> None:
+        layout, address = panels_of(weight), weight.storage.address
+        for first, rows in weight.quantised_parts(machine.available_cores()):
+            packed = layout.pack(rows).reshape(-1)
+            staged = self.driver.staging(packed.nbytes)
+            staged[:] = packed
+            self.driver.send(address + first // PANEL * layout.bytes, staged)
 
     def _row_bytes(self, weight: Tensor) -> int:
         return row_bytes(weight.shape[1], weight.dtype.itemsize)
 
     def weight_bytes(self, weight: Weight) -> int:
+        if weight.group:
+            return ceil_div(weight.shape[0], PANEL) * panels_of(weight).bytes
         if weight.layout == "matrix":
             return weight.shape[0] * self._row_bytes(weight)
         return row_bytes(int(np.prod(weight.shape, dtype=np.int64)), weight.dtype.itemsize)
@@ -175,9 +184,9 @@ class CUDADevice(Device):
         return memory.nbytes / self._least_seconds(launch, [memory.address, memory.nbytes // 16, 0])
 
     def multiply_limit(self, dtype: np.dtype, rounds: int = 20_000) -> float:
-        """Floating-point operations a second of products with weights or a cache of that dtype: bf16 by tensor cores,
-        everything else by multiply-adds. Measured now, the best of a few."""
-        launch, operations = launches.multiply("bf16" if dtype == abi.BFLOAT16 else "f32")
+        """Floating-point operations a second of products with weights or a cache of that dtype: bf16 and quants by
+        tensor cores, everything else by multiply-adds. Measured now, the best of a few."""
+        launch, operations = launches.multiply("f32" if dtype in (abi.FLOAT32, abi.FLOAT16) else "bf16")
         return operations * rounds / self._least_seconds(launch, [0, 0, rounds])
 
     def _least_seconds(self, launch: Launch, numbers: list[int]) -> float:
@@ -297,12 +306,17 @@ def max_rows(node: Node) -> int:
     return max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
 
 
+def panels_of(matrix: Tensor) -> Panels:
+    return Panels(Format(matrix.dtype, matrix.group), matrix.shape[1])
+
+
 class DeviceMatrix:
     """A matrix as the oracle sees it: rows are fetched and widened when they are asked for."""
 
+    group = 0  # products with it round nothing to 8 bits: the other operand of a quantised one is bf16
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
-        self.row_bytes = row_bytes(tensor.shape[1], tensor.dtype.itemsize)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
@@ -311,9 +325,16 @@ class DeviceMatrix:
         return np.concatenate([self._fetch(int(row), 1) for row in rows])
 
     def _fetch(self, first: int, count: int) -> np.ndarray:
-        raw = self.tensor.storage.part(first * self.row_bytes, (count, self.row_bytes), UINT8).copy()
-        values = raw.view(self.dtype)[:, : self.shape[1]]
-        return values.astype(np.float32)
+        if not self.tensor.group:
+            values = self._raw(first, count, row_bytes(self.shape[1], self.dtype.itemsize)).view(self.dtype)
+            return values[:, : self.shape[1]].astype(np.float32)
+        layout, panel = panels_of(self.tensor), first // PANEL
+        panels = self._raw(panel, ceil_div(first + count, PANEL) - panel, layout.bytes)
+        return layout.unpack(panels)[first - panel * PANEL :][:count]
+
+    def _raw(self, first: int, count: int, size: int) -> np.ndarray:
+        """Some of the pieces of so many bytes that the matrix is made of."""
+        return self.tensor.storage.part(first * size, (count, size), UINT8).copy()
 
 
 def _cache_views(tensor: Tensor, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

@@ -13,7 +13,7 @@ SLICE = 4096  # rows of a weight that are widened at once
 
 
 def multiply(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-    """out = x · weightᵀ in float32, the weight widened slice by slice. A quantised one rounds x, too."""
+    """out = x · weightᵀ in float32, the weight widened slice by slice. One that has groups rounds x, too."""
     if group := getattr(weight, "group", 0):
         x = round_inputs(x, group)
     for start in range(0, weight.shape[0], SLICE):
@@ -37,7 +37,7 @@ class Linear(Layer):
 
     Arithmetic, the same for one row and many: sums in float32, in order of the inputs. bf16 weights take inputs
     rounded to bf16 where the CPU has the bf16 dot instruction (isa avx512_bf16), float32 inputs elsewhere; quantised
-    ones take inputs rounded to 8 bits, and their groups are summed one after the other.
+    ones take inputs rounded to 8 bits, and their groups are summed one after the other. A GPU differs: docs/cuda.md.
     """
 
     def __init__(

@@ -31,7 +31,9 @@ struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
 DEVICE float to_float(float x) { return x; }
-DEVICE float to_float(struct bf16 x) { return bits_to_float((uint32_t)x.bits << 16); }
+DEVICE float low_bf16(uint32_t pair) { return bits_to_float(pair << 16); }
+DEVICE float high_bf16(uint32_t pair) { return bits_to_float(pair & 0xffff0000u); }
+DEVICE float to_float(struct bf16 x) { return low_bf16(x.bits); }
 DEVICE float to_float(struct f16 x) { return f16_to_f32(x.bits); }
 DEVICE float to_float(int8_t x) { return (float)x; }
 DEVICE void from_float(float x, float &to) { to = x; }

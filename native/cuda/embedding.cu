@@ -1,11 +1,17 @@
 /* A block for each row. */
-#include "common.cuh"
+#include "quants.cuh"
 
 template <class T> DEVICE void widen_row(const void *table, int64_t row, int width, float *out)
 {
     const T *from = (const T *)((const char *)table + row * row_bytes<T>(width));
     for (int i = threadIdx.x; i < width; i += blockDim.x)
         out[i] = to_float(from[i]);
+}
+
+template <class Q> DEVICE void widen_quants(const struct embedding &op, int64_t row, float *out)
+{
+    for (int i = threadIdx.x; i < op.out_width; i += blockDim.x)
+        out[i] = weight_at<Q>((const char *)op.table, op.out_width, op.table_group, row, i);
 }
 
 KERNEL(embedding, embedding, MAX_THREADS)
@@ -23,6 +29,14 @@ KERNEL(embedding, embedding, MAX_THREADS)
             widen_row<float>(op.table, entry, op.out_width, out);
         else if (op.table_dtype == DTYPE_BF16)
             widen_row<struct bf16>(op.table, entry, op.out_width, out);
+        else if (op.table_dtype == DTYPE_I8)
+            widen_quants<i8>(op, entry, out);
+        else if (op.table_dtype == DTYPE_I4)
+            widen_quants<i4>(op, entry, out);
+        else if (op.table_dtype == DTYPE_U8)
+            widen_quants<u8>(op, entry, out);
+        else if (op.table_dtype == DTYPE_U4)
+            widen_quants<u4>(op, entry, out);
         else
             widen_row<struct f16>(op.table, entry, op.out_width, out);
     }

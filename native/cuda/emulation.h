@@ -107,6 +107,11 @@ static inline uint16_t f32_to_f16(float f)
 }
 static inline uint32_t pack_bf16(float low, float high) { return f32_to_bf16(low) | (uint32_t)f32_to_bf16(high) << 16; }
 static inline uint32_t pack_f16(float low, float high) { return f32_to_f16(low) | (uint32_t)f32_to_f16(high) << 16; }
+static inline uint32_t add_bf16(uint32_t a, uint32_t b)
+{
+    return pack_bf16(bf16_to_f32((uint16_t)a) + bf16_to_f32((uint16_t)b),
+                     bf16_to_f32((uint16_t)(a >> 16)) + bf16_to_f32((uint16_t)(b >> 16)));
+}
 
 /* Where the fragments of mma.m16n8k16 lie: lane = 4 · g + t. a: rows g and g + 8, inputs 2t and 2t + 8; b: inputs 2t and
  * 2t + 8 of column g; c: columns 2t and 2t + 1 of rows g and g + 8. */

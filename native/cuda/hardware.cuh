@@ -30,6 +30,14 @@ DEVICE uint32_t pack_f16(float low, float high)
     return packed;
 }
 
+/* Sums of two pairs in bf16. */
+DEVICE uint32_t add_bf16(uint32_t a, uint32_t b)
+{
+    uint32_t sum; /* as a · 1 + b: sums by themselves came later than sm_80 */
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+    return sum;
+}
+
 /* c [16][8] += a [16][16] · b [16][8] by a warp: the fragments of mma.m16n8k16. */
 DEVICE void mma_bf16(float *c, const uint32_t *a, const uint32_t *b)
 {

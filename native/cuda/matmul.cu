@@ -1,51 +1,9 @@
 /* A matrix times few rows or many. Few wait for memory: a warp reads a row of the matrix in whole lines and multiplies
- * it with all of them. Many are cut into tiles: in float32 by ordinary multiply-adds, in bf16 by the tensor cores,
- * which see x rounded to bf16, too. Sums are float32. */
-#include "common.cuh"
-
-struct product {
-    const int32_t *row_index; /* which rows of x; NULL: all, in order */
-    const float *x;
-    const char *weight;
-    const float *bias;
-    float *out;
-    int64_t rows, k, x_stride, out_width, out_stride;
-};
-
-DEVICE struct product product_of(const struct matmul &op)
-{
-    return {NULL, op.x, (const char *)op.weight, op.bias, op.out, *op.rows, op.x_width, op.x_stride, op.out_width,
-            op.out_stride};
-}
-DEVICE struct product product_of(const struct logits &op)
-{
-    return {op.row_index, op.x, (const char *)op.weight, NULL, op.out, *op.rows, op.x_width, op.x_stride, op.out_width,
-            op.out_stride};
-}
-DEVICE const float *row_of(const struct product &p, int64_t row)
-{
-    return p.x + (p.row_index ? p.row_index[row] : row) * p.x_stride;
-}
-DEVICE void put(const struct product &p, int64_t row, int64_t column, float sum)
-{
-    p.out[row * p.out_stride + column] = p.bias ? sum + p.bias[column] : sum;
-}
-
-/* A line's worth of x; what lies behind its end counts as 0. */
-template <int COUNT> DEVICE void load_x(const float *x, int64_t left, float *out)
-{
-    if (left >= COUNT && (uintptr_t)x % LINE == 0) {
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 4) {
-            float4 four = *(const float4 *)(x + i);
-            out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < COUNT; i++)
-        out[i] = i < left ? x[i] : 0.0f;
-}
+ * it with all of them; of a quantised matrix a block reads PANEL rows, for tensor cores. Many are cut into tiles: in
+ * float32 by ordinary multiply-adds, in bf16 by the tensor cores. Quantised matrices are widened on the way there. Tensor
+ * cores see x rounded to bf16. Sums are float32. */
+#include "product.cuh"
+#include "quants.cuh"
 
 /* Some inputs, one line of a row of the matrix, times all rows. */
 template <class T, int ROWS> DEVICE void add_line(const struct product &p, uint4 bits, int64_t at, float *sum)
@@ -93,6 +51,116 @@ template <class T, int ROWS> DEVICE void multiply_few(const struct product &p)
         if (lane == 0 && r < p.rows)
             put(p, r, column, total);
     }
+}
+
+/* What a lane multiplies a line by: of each step four inputs of a row of x, as a pair of even ones and one of odd. Zeros of
+ * no row, and beyond the end. */
+template <class Q> DEVICE void load_pairs(const float *x, int left, uint32_t (*pairs)[2])
+{
+    float four[Q::STEPS][4] = {};
+    if (x && left >= Q::INPUTS - Q::STEP + 4 && (uintptr_t)x % LINE == 0) {
+#pragma unroll
+        for (int s = 0; s < Q::STEPS; s++)
+            load_x<4>(x + s * Q::STEP, four[s]);
+    } else if (x) {
+#pragma unroll
+        for (int i = 0; i < Q::STEPS * 4; i++)
+            four[i / 4][i % 4] = i / 4 * Q::STEP + i % 4 < left ? x[i / 4 * Q::STEP + i % 4] : 0.0f;
+    }
+#pragma unroll
+    for (int s = 0; s < Q::STEPS; s++) {
+        pairs[s][0] = pack_bf16(four[s][0], four[s][2]);
+        pairs[s][1] = pack_bf16(four[s][1], four[s][3]);
+    }
+}
+
+/* Some inputs, a line of a panel, times all rows; SHARE steps have a scale in common. Sums are those of mma_bf16: outputs
+ * g, g, g + 8, g + 8 of rows 2t, 2t + 1, 2t, 2t + 1; WIDENED times too small. */
+template <class Q, int SHARE>
+DEVICE void add_quants(uint4 bits, const struct head *heads, const uint32_t (*x)[2], float *sum)
+{
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+    const uint32_t ones[4] = {0x3b803b80u, 0x3b803b80u, 0x3b803b80u, 0x3b803b80u}; /* each 1 / WIDENED */
+    float dots[4] = {}, inputs[4] = {};
+#pragma unroll
+    for (int s = 0; s < Q::STEPS; s++) {
+        uint32_t pairs[4];
+        widen_step<Q>(words + s * Q::WORDS, pairs);
+        mma_bf16(dots, pairs, x[s]);
+        if (Q::MINIMUMS)
+            mma_bf16(inputs, ones, x[s]); /* their sum, for each output the same */
+        if ((s + 1) % SHARE)
+            continue;
+        struct head head = heads[s / SHARE];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sum[i] = fmaf(dots[i], scale_of<Q>(head, i / 2), sum[i]);
+            if (Q::MINIMUMS)
+                sum[i] = fmaf(inputs[i], minimum_of<Q>(head, i / 2), sum[i]);
+            dots[i] = inputs[i] = 0.0f;
+        }
+    }
+}
+
+template <class Q, int SHARE>
+DEVICE void load_line(const struct panel &panel, int index, uint4 &line, struct head *heads)
+{
+    line = *(const uint4 *)(panel.lines + index * (int64_t)(WARP * LINE));
+#pragma unroll
+    for (int s = 0; s < Q::STEPS; s += SHARE)
+        heads[s / SHARE] = head_at<Q>(panel, index * Q::INPUTS + s * Q::STEP);
+}
+
+/* A warp's part of a panel: its lines, of which several are on their way at once. */
+template <class Q, int SHARE> DEVICE void add_panel(const struct product &p, float *sum)
+{
+    enum { TOGETHER = 4, WARPS = THREADS / WARP };
+    int lane = threadIdx.x % WARP, row = lane / 4, first = lane % 4 * 4;
+    struct panel panel = panel_of<Q>(p.weight, p.k, p.group, blockIdx.x, lane);
+    const float *x = row < p.rows ? row_of(p, row) + first : NULL;
+    for (int i = threadIdx.x / WARP; i < panel.line_count; i += TOGETHER * WARPS) {
+        uint4 line[TOGETHER];
+        struct head heads[TOGETHER][Q::STEPS / SHARE];
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+            if (i + t * WARPS < panel.line_count)
+                load_line<Q, SHARE>(panel, i + t * WARPS, line[t], heads[t]);
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+            if (i + t * WARPS < panel.line_count) {
+                int input = (i + t * WARPS) * Q::INPUTS;
+                uint32_t pairs[Q::STEPS][2];
+                load_pairs<Q>(x ? x + input : NULL, (int)p.k - first - input, pairs);
+                add_quants<Q, SHARE>(line[t], heads[t], pairs, sum);
+            }
+    }
+}
+
+/* PANEL outputs of up to FEW rows by a block, which reads them once. The order of the sums is the same for any number of
+ * rows. */
+template <class Q> DEVICE void multiply_panel(const struct product &p)
+{
+    __shared__ float part[THREADS / WARP][FEW][PANEL];
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    float sum[4] = {};
+    if (p.group >= Q::INPUTS)
+        add_panel<Q, Q::STEPS>(p, sum);
+    else if (p.group == 2 * Q::STEP)
+        add_panel<Q, 2>(p, sum);
+    else
+        add_panel<Q, 1>(p, sum);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        part[warp][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = sum[i];
+    __syncthreads();
+    int row = threadIdx.x / PANEL;
+    int64_t column = blockIdx.x * (int64_t)PANEL + threadIdx.x % PANEL;
+    if (row >= min_of(FEW, (int)p.rows) || column >= p.out_width)
+        return;
+    float total = 0.0f;
+    for (int w = 0; w < THREADS / WARP; w++)
+        total += part[w][row][threadIdx.x % PANEL];
+    put(p, row, column, total * WIDENED);
 }
 
 /* A tile of TILE × TILE outputs, each thread 4 × 4 of them: rows and columns that are 16 apart. */
@@ -153,7 +221,12 @@ DEVICE void keep_x(uint16_t (*tile)[BF16_STRIDE], const float *x)
     for (int i = 0; i < 8; i++)
         to[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
 }
-DEVICE void fetch_weight(const struct product &p, int64_t first_column, int64_t k, uint16_t (*tile)[BF16_STRIDE])
+
+/* A piece of a matrix on its way: in bf16 it goes straight into the tile, quants stay in registers until they are widened,
+ * each warp those of a panel. */
+struct bf16_piece {};
+DEVICE void fetch_weight(const struct product &p, int64_t first_column, int64_t k, uint16_t (*tile)[BF16_STRIDE],
+                         struct bf16_piece &)
 {
     int64_t size = row_bytes<struct bf16>(p.k);
 #pragma unroll
@@ -163,6 +236,44 @@ DEVICE void fetch_weight(const struct product &p, int64_t first_column, int64_t 
         copy_line(&tile[i / 4][i % 4 * 8], there ? p.weight + column * size + byte : p.weight, there ? LINE : 0);
     }
     commit_copies();
+}
+DEVICE void keep_weight(uint16_t (*)[BF16_STRIDE], const struct bf16_piece &) { wait_for_copies<0>(); }
+
+template <class Q> struct quant_piece {
+    enum { STEPS = BF16_DEPTH / Q::STEP };
+    struct alignas(4 * STEPS * Q::WORDS) { uint32_t words[STEPS][Q::WORDS]; } quants;
+    struct head heads[STEPS];
+};
+template <class Q>
+DEVICE void fetch_weight(const struct product &p, int64_t first_column, int64_t k, uint16_t (*)[BF16_STRIDE],
+                         struct quant_piece<Q> &piece)
+{
+    int64_t index = first_column / PANEL + threadIdx.x / WARP;
+    if (index * PANEL >= p.out_width)
+        return; /* what the piece holds then is multiplied for nobody */
+    struct panel panel = panel_of<Q>(p.weight, p.k, p.group, index, threadIdx.x % WARP);
+    const char *line = panel.lines + k / Q::INPUTS * (WARP * LINE) + k % Q::INPUTS / Q::STEP * Q::WORDS * 4;
+    piece.quants = *(const decltype(piece.quants) *)line;
+#pragma unroll
+    for (int s = 0; s < piece.STEPS; s++)
+        piece.heads[s] = head_at<Q>(panel, (int)k + s * Q::STEP);
+}
+template <class Q> DEVICE void keep_weight(uint16_t (*tile)[BF16_STRIDE], const struct quant_piece<Q> &piece)
+{
+    int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * PANEL + lane / 4;
+#pragma unroll
+    for (int s = 0; s < piece.STEPS; s++) {
+        uint32_t pairs[4];
+        widen_step<Q>(piece.quants.words[s], pairs);
+#pragma unroll
+        for (int upper = 0; upper < 2; upper++) {
+            float scale = scale_of<Q>(piece.heads[s], upper) * WIDENED, minimum = minimum_of<Q>(piece.heads[s], upper);
+            uint32_t even = pairs[upper], odd = pairs[2 + upper];
+            uint32_t *to = (uint32_t *)&tile[first + upper * 8][s * Q::STEP + lane % 4 * 4];
+            to[0] = pack_bf16(fmaf(low_bf16(even), scale, minimum), fmaf(low_bf16(odd), scale, minimum));
+            to[1] = pack_bf16(fmaf(high_bf16(even), scale, minimum), fmaf(high_bf16(odd), scale, minimum));
+        }
+    }
 }
 
 /* Adds the product of two pieces to a warp's 32 × 32 sums. */
@@ -189,22 +300,25 @@ DEVICE void multiply_piece(uint16_t (*x)[BF16_STRIDE], uint16_t (*w)[BF16_STRIDE
     }
 }
 
-DEVICE void multiply_bf16(const struct product &p)
+template <class Piece> DEVICE void multiply_tensors(const struct product &p)
 {
     __shared__ struct bf16_tiles tiles;
     int64_t first_row = blockIdx.y * (int64_t)TILE, first_column = blockIdx.x * (int64_t)TILE;
     if (first_row >= p.rows)
         return;
     float sum[2][4][4] = {}, x[16];
-    fetch_x(p, first_row, 0, x);
-    fetch_weight(p, first_column, 0, tiles.w[0]);
+    Piece piece = {};
+    if (p.k > 0) {
+        fetch_x(p, first_row, 0, x);
+        fetch_weight(p, first_column, 0, tiles.w[0], piece);
+    }
     for (int64_t k = 0, turn = 0; k < p.k; k += BF16_DEPTH, turn ^= 1) {
         keep_x(tiles.x[turn], x);
-        wait_for_copies<0>();
+        keep_weight(tiles.w[turn], piece);
         __syncthreads(); /* this turn's pieces are here, and nobody reads the other turn's any more */
         if (k + BF16_DEPTH < p.k) {
             fetch_x(p, first_row, k + BF16_DEPTH, x);
-            fetch_weight(p, first_column, k + BF16_DEPTH, tiles.w[turn ^ 1]);
+            fetch_weight(p, first_column, k + BF16_DEPTH, tiles.w[turn ^ 1], piece);
         }
         multiply_piece(tiles.x[turn], tiles.w[turn], sum);
     }
@@ -222,16 +336,24 @@ DEVICE void multiply_bf16(const struct product &p)
             }
 }
 
-/* The kernels of an op: one row, few, many, by the dtype of the weight. */
-#define KERNELS(op_name)                                                                                          \
-    KERNEL(op_name##_one_f32, op_name, THREADS) { multiply_few<float, 1>(product_of(op)); }                       \
-    KERNEL(op_name##_one_bf16, op_name, THREADS) { multiply_few<struct bf16, 1>(product_of(op)); }                \
-    KERNEL(op_name##_one_f16, op_name, THREADS) { multiply_few<struct f16, 1>(product_of(op)); }                  \
-    KERNEL(op_name##_few_f32, op_name, THREADS) { multiply_few<float, FEW>(product_of(op)); }                     \
-    KERNEL(op_name##_few_bf16, op_name, THREADS) { multiply_few<struct bf16, FEW>(product_of(op)); }              \
-    KERNEL(op_name##_few_f16, op_name, THREADS) { multiply_few<struct f16, FEW>(product_of(op)); }                \
-    KERNEL(op_name##_many_f32, op_name, THREADS) { multiply_tile<float>(product_of(op)); }                        \
-    KERNEL(op_name##_many_bf16, op_name, TENSOR_THREADS) { multiply_bf16(product_of(op)); }                       \
-    KERNEL(op_name##_many_f16, op_name, THREADS) { multiply_tile<struct f16>(product_of(op)); }
+/* The kernels of an op: one row, few, many, by the dtype of the weight. Of quantised ones few are as fast as one. */
+#define KERNELS(op_name)                                                                                             \
+    KERNEL(op_name##_one_f32, op_name, THREADS) { multiply_few<float, 1>(product_of(op)); }                          \
+    KERNEL(op_name##_one_bf16, op_name, THREADS) { multiply_few<struct bf16, 1>(product_of(op)); }                   \
+    KERNEL(op_name##_one_f16, op_name, THREADS) { multiply_few<struct f16, 1>(product_of(op)); }                     \
+    KERNEL(op_name##_few_f32, op_name, THREADS) { multiply_few<float, FEW>(product_of(op)); }                        \
+    KERNEL(op_name##_few_bf16, op_name, THREADS) { multiply_few<struct bf16, FEW>(product_of(op)); }                 \
+    KERNEL(op_name##_few_f16, op_name, THREADS) { multiply_few<struct f16, FEW>(product_of(op)); }                   \
+    KERNEL(op_name##_few_i8, op_name, THREADS) { multiply_panel<i8>(product_of(op)); }                               \
+    KERNEL(op_name##_few_i4, op_name, THREADS) { multiply_panel<i4>(product_of(op)); }                               \
+    KERNEL(op_name##_few_u8, op_name, THREADS) { multiply_panel<u8>(product_of(op)); }                               \
+    KERNEL(op_name##_few_u4, op_name, THREADS) { multiply_panel<u4>(product_of(op)); }                               \
+    KERNEL(op_name##_many_f32, op_name, THREADS) { multiply_tile<float>(product_of(op)); }                           \
+    KERNEL(op_name##_many_f16, op_name, THREADS) { multiply_tile<struct f16>(product_of(op)); }                      \
+    KERNEL(op_name##_many_bf16, op_name, TENSOR_THREADS) { multiply_tensors<struct bf16_piece>(product_of(op)); }    \
+    KERNEL(op_name##_many_i8, op_name, TENSOR_THREADS) { multiply_tensors<struct quant_piece<i8>>(product_of(op)); } \
+    KERNEL(op_name##_many_i4, op_name, TENSOR_THREADS) { multiply_tensors<struct quant_piece<i4>>(product_of(op)); } \
+    KERNEL(op_name##_many_u8, op_name, TENSOR_THREADS) { multiply_tensors<struct quant_piece<u8>>(product_of(op)); } \
+    KERNEL(op_name##_many_u4, op_name, TENSOR_THREADS) { multiply_tensors<struct quant_piece<u4>>(product_of(op)); }
 KERNELS(matmul)
 KERNELS(logits)
