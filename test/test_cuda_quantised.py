@@ -91,6 +91,15 @@ def test_any_number_of_rows(dtype: np.dtype, group: int, device: CUDADevice) -> 
             assert_same_bits(out[:1], alone, rows)
 
 
+@every_dtype
+def test_more_lines_than_are_on_their_way_at_once(dtype: np.dtype, device: CUDADevice) -> None:
+    """In decoding: a block's warps come round twice, and not all of them a second time."""
+    rng = np.random.default_rng(11)
+    for inputs in (2100, 2600):
+        x, matrix = normal(rng, 3, inputs), random_quants(rng, dtype, 20, inputs, 32)
+        assert_product(Linear([matrix], device=device).forward(x), x, matrix, inputs)
+
+
 @pytest.mark.parametrize("name", ["int8", "int8-32", "int8-128", "int4", "int4-64", "int4-128"])
 def test_what_weights_are_quantised_to(name: str, device: CUDADevice) -> None:
     """The squared error of a normal product is that of bf16."""

@@ -32,6 +32,8 @@ def programs(model: str, results: Path) -> dict[str, str]:
     return {
         "cuda-decode.json": f"{benchmark} --phase decode -n 128 -d 0,4096 -b 1,8",
         "cuda-prefill.json": f"{benchmark} --phase prefill -p 512,2048",
+        "cuda-decode-quantised.json": f"{benchmark} --dtype int8,int4 --phase decode -n 128 -b 1,8",
+        "cuda-prefill-quantised.json": f"{benchmark} --dtype int8,int4 --phase prefill -p 512,2048",
         "cuda-attention.md": "demo.attention --device cuda",
         "cuda-attention-dense.md": f"{sweep}-exact --heads 16 --kv-heads 8",
         "cuda-attention-window.md": f"{sweep}-window --heads 16 --kv-heads 16 --window 64 --sink 16",
