@@ -107,6 +107,8 @@ static inline uint16_t f32_to_f16(float f)
 }
 static inline uint32_t pack_bf16(float low, float high) { return f32_to_bf16(low) | (uint32_t)f32_to_bf16(high) << 16; }
 static inline uint32_t pack_f16(float low, float high) { return f32_to_f16(low) | (uint32_t)f32_to_f16(high) << 16; }
+static inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+static inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) ^ bits; }
 static inline uint32_t add_bf16(uint32_t a, uint32_t b)
 {
     return pack_bf16(bf16_to_f32((uint16_t)a) + bf16_to_f32((uint16_t)b),

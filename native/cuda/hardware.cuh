@@ -30,6 +30,20 @@ DEVICE uint32_t pack_f16(float low, float high)
     return packed;
 }
 
+/* (x & mask) | bits and (x & mask) ^ bits, each as the one instruction that the compiler does not find for two constants. */
+DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits)
+{
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+    return result;
+}
+DEVICE uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t bits)
+{
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+    return result;
+}
+
 /* Sums of two pairs in bf16. */
 DEVICE uint32_t add_bf16(uint32_t a, uint32_t b)
 {

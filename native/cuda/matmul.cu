@@ -53,16 +53,16 @@ template <class T, int ROWS> DEVICE void multiply_few(const struct product &p)
     }
 }
 
-/* What a lane multiplies a line by: of each step four inputs of a row of x, as a pair of even ones and one of odd. Zeros of
- * no row, and beyond the end. */
+/* What a lane multiplies a line by: of each step four inputs of a row of x, as a pair of even ones and one of odd. Zeros
+ * beyond the end. */
 template <class Q> DEVICE void load_pairs(const float *x, int left, uint32_t (*pairs)[2])
 {
-    float four[Q::STEPS][4] = {};
-    if (x && left >= Q::INPUTS - Q::STEP + 4 && (uintptr_t)x % LINE == 0) {
+    float four[Q::STEPS][4];
+    if (left >= Q::INPUTS - Q::STEP + 4 && (uintptr_t)x % LINE == 0) {
 #pragma unroll
         for (int s = 0; s < Q::STEPS; s++)
             load_x<4>(x + s * Q::STEP, four[s]);
-    } else if (x) {
+    } else {
 #pragma unroll
         for (int i = 0; i < Q::STEPS * 4; i++)
             four[i / 4][i % 4] = i / 4 * Q::STEP + i % 4 < left ? x[i / 4 * Q::STEP + i % 4] : 0.0f;
@@ -115,9 +115,11 @@ DEVICE void load_line(const struct panel &panel, int index, uint4 &line, struct 
 template <class Q, int SHARE> DEVICE void add_panel(const struct product &p, float *sum)
 {
     enum { TOGETHER = 4, WARPS = THREADS / WARP };
-    int lane = threadIdx.x % WARP, row = lane / 4, first = lane % 4 * 4;
+    int lane = threadIdx.x % WARP, first = lane % 4 * 4;
+    if (p.rows <= 0)
+        return;
     struct panel panel = panel_of<Q>(p.weight, p.k, p.group, blockIdx.x, lane);
-    const float *x = row < p.rows ? row_of(p, row) + first : NULL;
+    const float *x = row_of(p, lane / 4 < p.rows ? lane / 4 : 0) + first; /* nobody looks at rows that there are not */
     for (int i = threadIdx.x / WARP; i < panel.line_count; i += TOGETHER * WARPS) {
         uint4 line[TOGETHER];
         struct head heads[TOGETHER][Q::STEPS / SHARE];
@@ -130,7 +132,7 @@ template <class Q, int SHARE> DEVICE void add_panel(const struct product &p, flo
             if (i + t * WARPS < panel.line_count) {
                 int input = (i + t * WARPS) * Q::INPUTS;
                 uint32_t pairs[Q::STEPS][2];
-                load_pairs<Q>(x ? x + input : NULL, (int)p.k - first - input, pairs);
+                load_pairs<Q>(x + input, (int)p.k - first - input, pairs);
                 add_quants<Q, SHARE>(line[t], heads[t], pairs, sum);
             }
     }

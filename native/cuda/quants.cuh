@@ -17,7 +17,7 @@ template <int BITS_, bool MINIMUMS_> struct quants {
     enum {
         BITS = BITS_, MINIMUMS = MINIMUMS_,
         MIDDLE = 1 << (BITS - 1), ZERO = MINIMUMS ? 0 : MIDDLE,
-        STEP = 16, WORDS = BITS / 4,           /* inputs of a step; words of it that a lane has */
+        STEP = 16, WORDS = BITS / 4,              /* inputs of a step; words of it that a lane has */
         STEPS = 4 / WORDS, INPUTS = STEPS * STEP, /* of a line */
         KINDS = MINIMUMS ? 2 : 1
     };
@@ -71,9 +71,9 @@ template <class Q> DEVICE void widen_step(const uint32_t *words, uint32_t *pairs
     for (int i = 0; i < 4; i++) {
         if (Q::BITS == 8) {
             uint32_t word = words[i % 2] >> i / 2 * 8;
-            pairs[i] = add_bf16((word & 0x007f007fu) | 0x3f003f00u, (word & 0x00800080u) ^ 0xbf80bf80u);
+            pairs[i] = add_bf16(and_or(word, 0x007f007fu, 0x3f003f00u), and_xor(word, 0x00800080u, 0xbf80bf80u));
         } else
-            pairs[i] = add_bf16((words[0] >> i * 4 & 0x000f000fu) | 0x3f003f00u, 0xbf08bf08u);
+            pairs[i] = add_bf16(and_or(words[0] >> i * 4, 0x000f000fu, 0x3f003f00u), 0xbf08bf08u);
     }
 }
 
