@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from engine.errors import UsageError
 from engine.plan import Plan, Tensor
 from engine.quantised import Format, QuantisedMatrix, format_of, quantise, stack
 
+T = TypeVar("T")
+Quantise = Callable[[np.ndarray, Format, str], QuantisedMatrix]
 DECODED = 2 << 20  # bytes of float32 that are decoded or quantised at once
 
 
@@ -43,7 +45,7 @@ class Weight(Tensor):
             parts.append(part.astype(dtype, copy=False))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def quantised_rows(self, start: int, stop: int) -> QuantisedMatrix:
+    def quantised_rows(self, start: int, stop: int, quantise: Quantise = quantise) -> QuantisedMatrix:
         """The same of a quantised weight: as its sources have them, or quantised now."""
         format = Format(self.dtype, self.group)
         if any(format_in(source) != format for source in self.sources):
@@ -51,13 +53,13 @@ class Weight(Tensor):
         parts = [source.quantised_rows(begin, end) for source, begin, end in self._parts(start, stop)]
         return parts[0] if len(parts) == 1 else stack(parts)
 
-    def quantised_parts(self, threads: int) -> Iterator[tuple[int, QuantisedMatrix]]:
-        """All rows of a quantised weight in slices, each with its first row's number. So many threads quantise."""
+    def each_slice(self, work: Callable[[int, int], T], threads: int) -> Iterator[tuple[int, T]]:
+        """The first row of every slice, and work(first, last), done by so many threads."""
         parts = list(self.slices())
         with ThreadPoolExecutor(threads) as pool:
             for i in range(0, len(parts), threads):  # so many at a time that they take little memory
                 firsts, lasts = zip(*parts[i : i + threads], strict=True)
-                yield from zip(firsts, pool.map(self.quantised_rows, firsts, lasts), strict=True)
+                yield from zip(firsts, pool.map(work, firsts, lasts), strict=True)
 
     def slices(self) -> Iterator[tuple[int, int]]:
         """Rows [first, last) to be decoded or quantised at once, whole panels: the whole never lies in memory twice."""

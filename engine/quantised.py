@@ -91,14 +91,18 @@ def stack(parts: list[QuantisedMatrix]) -> QuantisedMatrix:
 
 def quantise(values: npt.NDArray[np.floating], format: Format, name: str = "") -> QuantisedMatrix:
     """Rounds a matrix [n, k]. Raises RillError where it holds what has no place in so few bits."""
+    check_range(values, format, name)
     groups = _in_groups(values.astype(np.float32, copy=False), format.group)  # [n, groups, group]
-    largest = np.abs(groups).max(axis=-1, initial=0.0)
-    steps = 127 if format.dtype == INT8 else 8
-    if not (largest < LARGEST_SCALE * steps).all():
-        raise RillError(f"{name or 'a matrix'}: holds numbers that are not finite or too large to be quantised")
-    signed, scales = _round_int8(groups, largest) if format.dtype == INT8 else _round_int4(groups)
+    signed, scales = (_round_int8 if format.dtype == INT8 else _round_int4)(groups)
     quants = (signed + np.float32(ZERO[format.dtype])).astype(np.uint8)
     return QuantisedMatrix(format, _flat(quants)[:, : values.shape[1]], scales)
+
+
+def check_range(values: npt.NDArray[np.floating], format: Format, name: str = "") -> None:
+    """Raises RillError where a matrix holds what has no place in so few bits."""
+    most = LARGEST_SCALE * (127 if format.dtype == INT8 else 8)
+    if not (values.max(initial=0.0) < most and values.min(initial=0.0) > -most):
+        raise RillError(f"{name or 'a matrix'}: holds numbers that are not finite or too large to be quantised")
 
 
 def _in_groups(values: Floats, group: int) -> Floats:
@@ -112,7 +116,8 @@ def _flat(groups: np.ndarray) -> np.ndarray:
     return groups.reshape(len(groups), groups.shape[1] * groups.shape[2])
 
 
-def _round_int8(groups: Floats, largest: Floats) -> tuple[Floats, npt.NDArray[np.float16]]:
+def _round_int8(groups: Floats) -> tuple[Floats, npt.NDArray[np.float16]]:
+    largest = np.abs(groups).max(axis=-1, initial=0.0)
     scales = (largest / np.float32(127)).astype(np.float16)
     short = scales.astype(np.float32) * np.float32(127.5) < largest  # of the smallest float16s the next is far away
     scales = np.where(short, np.nextafter(scales, np.float16(np.inf)), scales)
@@ -133,20 +138,21 @@ def _round_int4(groups: Floats) -> tuple[Floats, npt.NDArray[np.float16]]:
     at = np.abs(groups).argmax(axis=-1)[..., None]
     full = np.take_along_axis(groups, at, axis=-1)[..., 0] / np.float32(-8)  # that number becomes -8
     best = np.zeros_like(groups)
-    best_scales, least = np.zeros(full.shape, np.float16), np.full(full.shape, np.inf, np.float32)
+    best_scales, least = np.zeros(full.shape, np.float16), np.full(full.shape, np.inf)
     for share in (0.85, 0.95, 1.05):
         rounded = _divided(groups, (full * np.float32(share)).astype(np.float16), (-8, 7))
-        fitted = (_dot(groups, rounded) / np.maximum(_dot(rounded, rounded), 1)).astype(np.float16)
-        rounded, scale = _divided(groups, fitted, (-8, 7)), fitted.astype(np.float32)
+        exact = _dot(groups, rounded) / np.maximum(_dot(rounded, rounded), 1)
+        fitted = exact.astype(np.float32).astype(np.float16)
+        rounded, scale = _divided(groups, fitted, (-8, 7)), fitted.astype(np.float64)
         error = scale * (scale * _dot(rounded, rounded) - 2 * _dot(groups, rounded))  # less the same for every scale
         better = error < least
         best[better], best_scales[better], least[better] = rounded[better], fitted[better], error[better]
     return best, best_scales
 
 
-def _dot(a: Floats, b: Floats) -> Floats:
-    """Of each group."""
-    product: Floats = np.einsum("ngi,ngi->ng", a, b)
+def _dot(a: Floats, b: Floats) -> npt.NDArray[np.float64]:
+    """Of each group, with so many bits that the order of additions hardly ever decides anything."""
+    product: npt.NDArray[np.float64] = np.einsum("ngi,ngi->ng", a, b, dtype=np.float64)
     return product
 
 

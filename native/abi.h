@@ -264,10 +264,14 @@ int32_t pack_matrix(const struct source *sources, int32_t count, int32_t n, int3
                     int32_t threads);
 /* Bytes of a panel of PANEL rows of a packed matrix. group: of a quantised one, else 0. */
 int64_t packed_panel_bytes(int32_t dtype, int32_t group, int32_t k);
+/* Rounds n rows of k finite numbers, none so large that its scale would not be: I8 or I4, group 32, 64 or 128. Writes quants
+ * [n, k], each in a byte of its own, counted from the lowest, and scales [n, ceil(k / group)], in f16. */
+void quantise_rows(const float *values, int32_t n, int32_t k, int32_t dtype, int32_t group, uint8_t *quants,
+                   uint16_t *scales);
 /* Packs n rows of a quantised matrix: quants [n, k], each in a byte of its own, counted from the lowest; scales and, for
  * U8 and U4, minimums [n, ceil(k / group)], in f16. */
 void pack_quantised(const uint8_t *quants, const uint16_t *scales, const uint16_t *minimums, int32_t n, int32_t k,
-                    int32_t dtype, int32_t group, void *packed, int32_t threads);
+                    int32_t dtype, int32_t group, void *packed);
 /* The reverse of both: rows [first, first + count) of a packed matrix as f32 [count, k]. */
 void unpack_matrix(const void *packed, int32_t dtype, int32_t group, int32_t k, int32_t first, int32_t count, float *out);
 

@@ -33,12 +33,9 @@ static void pack_row(char *panel, int64_t lane, const uint8_t *quants, const uin
 }
 
 void pack_quantised(const uint8_t *quants, const uint16_t *scales, const uint16_t *minimums, int32_t n, int32_t k,
-                    int32_t dtype, int32_t group, void *packed, int32_t threads)
+                    int32_t dtype, int32_t group, void *packed)
 {
     int64_t bytes = quantised_panel_bytes(dtype, group, k), groups = (k + group - 1) / group;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) schedule(static)
-#endif
     for (int64_t panel = 0; panel < (n + PANEL - 1) / PANEL; panel++) {
         char *to = (char *)packed + panel * bytes;
         memset(to, 0, (size_t)bytes);
@@ -46,7 +43,6 @@ void pack_quantised(const uint8_t *quants, const uint16_t *scales, const uint16_
             pack_row(to, row % PANEL, quants + row * k, scales + row * groups, minimums ? minimums + row * groups : NULL,
                      k, dtype, group);
     }
-    (void)threads;
 }
 
 void unpack_quantised_row(const void *packed, int32_t dtype, int64_t group, int64_t k, int64_t row, float *out)

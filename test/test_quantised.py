@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,30 @@ def test_what_has_no_place_is_refused(value: float) -> None:
     weight[2, 39] = value
     with pytest.raises(RillError, match="^blk.down: holds numbers that are not finite or too large"):
         quantise(weight, named("int8"), "blk.down")
+
+
+@pytest.mark.parametrize("name", [f"int{bits}-{group}" for bits in (4, 8) for group in (32, 64, 128)])
+def test_native_code_rounds_to_the_same_numbers(name: str) -> None:
+    rng = np.random.default_rng(3)
+    sizes = 10.0 ** rng.uniform(-9, 4, (300, 1))  # down to scales that are subnormal, or nothing, in float16
+    heavy = rng.standard_t(2, (300, 333)).clip(-50, 50)
+    for values in (normal(rng, 300, 333), (heavy * sizes).astype(np.float32), np.zeros((2, 5), np.float32),
+                   np.full((1, 130), -3.0, np.float32), normal(rng, 3, 0), normal(rng, 40, 200)[:, 1::2]):
+        expected = quantise(values, named(name))
+        device: Any
+        for device in cpu_devices():
+            found = device.quantise(values, named(name), "w")
+            assert np.array_equal(found.scales, expected.scales), device.description
+            assert np.array_equal(found.quants, expected.quants), device.description
+
+
+def test_native_code_refuses_the_same() -> None:
+    device: Any = cpu_devices()[0]
+    for value in (np.nan, np.inf, -np.inf, 1e9, -1e9):
+        weight = np.ones((3, 40), np.float32)
+        weight[1, 2] = value
+        with pytest.raises(RillError, match="^blk.down: holds numbers that are not finite or too large"):
+            device.quantise(weight, named("int4"), "blk.down")
 
 
 # Products.
@@ -207,7 +232,7 @@ def test_every_byte_of_a_packed_matrix(dtype: np.dtype, group: int) -> None:
             memory = np.full(expected.size, 0xFF, np.uint8)
             packed = abi.ffi.cast("void *", abi.address(memory))
             code, library = abi.DTYPE_CODES[dtype], abi.open_library(isa)
-            library.pack_quantised(*pointers[:3], rows, inputs, code, group, packed, 2)
+            library.pack_quantised(*pointers[:3], rows, inputs, code, group, packed)
             assert np.array_equal(memory, expected), (isa, rows, inputs)
 
 

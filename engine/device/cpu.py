@@ -17,11 +17,11 @@ from engine.device import Device, Program, Progress
 from engine.errors import RillError, UsageError
 from engine.files.packed_cache import cache_name, make_room, read_cached, write_cached
 from engine.pages import pack_cache, unpack_cache
+from engine.quantised import Format, QuantisedMatrix, check_range
 
 if TYPE_CHECKING:
     from engine.layer import Weight
     from engine.plan import Plan, Tensor
-    from engine.quantised import QuantisedMatrix
 
 SLICE = 4096  # rows of a matrix that the oracle sees unpacked at once
 
@@ -153,14 +153,29 @@ class CPUDevice(Device):
             self._pack(weight, [weight.stacked_rows(first, last)], first, last - first)
 
     def _pack_quantised(self, weight: Weight) -> None:
-        for first, rows in weight.quantised_parts(self.threads):
-            self._pack_quants(weight, first, rows)
+        def pack(first: int, last: int) -> None:
+            self._pack_quants(weight, first, weight.quantised_rows(first, last, self.quantise))
+
+        for _ in weight.each_slice(pack, self.threads):
+            pass
+
+    def quantise(self, values: np.ndarray, format: Format, name: str) -> QuantisedMatrix:
+        """engine.quantised.quantise, faster."""
+        check_range(values, format, name)
+        values = np.ascontiguousarray(values, np.float32)
+        quants = np.empty(values.shape, np.uint8)
+        scales = np.empty((values.shape[0], -(-values.shape[1] // format.group)), np.float16)
+        cast, address = abi.ffi.cast, abi.address
+        self.library.quantise_rows(cast("float *", address(values)), *values.shape, abi.DTYPE_CODES[format.dtype],
+                                   format.group, cast("uint8_t *", address(quants)),
+                                   cast("uint16_t *", address(scales)))  # fmt: skip
+        return QuantisedMatrix(format, quants, scales)
 
     def _pack_quants(self, weight: Weight, first: int, rows: QuantisedMatrix) -> None:
         arrays = [np.ascontiguousarray(a) for a in (rows.quants, rows.scales, rows.minimums) if a is not None]
         pointers = [abi.ffi.cast("void *", abi.address(array)) for array in arrays] + [abi.ffi.NULL]
         self.library.pack_quantised(*pointers[:3], *rows.shape, abi.DTYPE_CODES[weight.dtype], weight.group,
-                                    self._panels(weight, first), self.threads)  # fmt: skip
+                                    self._panels(weight, first))  # fmt: skip
 
     def _panels(self, weight: Weight, row: int) -> Any:
         """The address of the panel that begins with a row."""

@@ -119,7 +119,7 @@ class CUDADevice(Device):
 
     def _load_quantised(self, weight: Weight) -> None:
         layout, address = panels_of(weight), weight.storage.address
-        for first, rows in weight.quantised_parts(machine.available_cores()):
+        for first, rows in weight.each_slice(weight.quantised_rows, machine.available_cores()):
             packed = layout.pack(rows).reshape(-1)
             staged = self.driver.staging(packed.nbytes)
             staged[:] = packed
