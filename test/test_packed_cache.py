@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from harness import cpu_devices
 
-import engine.layer
 from demo import infer
 from engine import LLM, UsageError
 from engine.device.cpu import CPUDevice
@@ -41,7 +40,7 @@ def forbid_quantising(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("was quantised again")
 
-    monkeypatch.setattr(engine.layer, "quantise", refuse)
+    monkeypatch.setattr(CPUDevice, "quantise", refuse)
 
 
 def logits(model: Path, **options: Any) -> np.ndarray:
