@@ -12,6 +12,7 @@ the time of each token after that, as a mean of the request. Medians, and the 95
 from __future__ import annotations
 
 import argparse
+import queue
 import sys
 import threading
 import time
@@ -47,7 +48,7 @@ def rates(text: str) -> list[float]:
         found = [np.inf if part == AT_ONCE else float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(rate > 0 for rate in found) or "inf" in text.lower():
+    if not found or not all(rate > 0 for rate in found) or found.count(np.inf) != text.split(",").count(AT_ONCE):
         raise argparse.ArgumentTypeError(f"expected positive numbers or {AT_ONCE}, like 1,2.5,all, got {text[:40]!r}")
     return found
 
@@ -67,41 +68,42 @@ def some(rng: np.random.Generator, most: int, count: int) -> np.ndarray:
 
 def serve(llm: LLM, asked: Sequence[Arrival]) -> tuple[float, list[Completion]]:
     """Hands in each request at its time. Returns the seconds until all are done, and what came of them."""
-    found: dict[int, Completion | BaseException] = {}
+    outcomes: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
     start = time.perf_counter()
 
     def ask(number: int, arrival: Arrival) -> None:
-        time.sleep(max(0.0, start + arrival.seconds - time.perf_counter()))
-        params = SamplingParams(temperature=0, max_tokens=arrival.generate, ignore_eos=True)
         try:
-            found[number] = llm.generate(arrival.prompt, params)
+            time.sleep(max(0.0, start + arrival.seconds - time.perf_counter()))
+            params = SamplingParams(temperature=0, max_tokens=arrival.generate, ignore_eos=True)
+            outcomes.put((number, llm.generate(arrival.prompt, params)))
         except Exception as error:
-            found[number] = error
+            outcomes.put((number, error))
 
-    threads = [threading.Thread(target=ask, args=pair, daemon=True) for pair in enumerate(asked)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds, completions = time.perf_counter() - start, []
-    for number in range(len(asked)):
-        outcome = found[number]
-        if isinstance(outcome, BaseException):
-            raise outcome
-        completions.append(outcome)
-    return seconds, completions
+    for pair in enumerate(asked):
+        threading.Thread(target=ask, args=pair, daemon=True).start()
+    completions: dict[int, Completion] = {}
+    while len(completions) < len(asked):
+        number, outcome = outcomes.get()
+        if isinstance(outcome, Exception):
+            raise outcome  # at once: nobody waits for those that are still to come
+        completions[number] = outcome
+    return time.perf_counter() - start, [completions[number] for number in range(len(asked))]
 
 
 def row(batch: int, rate: float, seconds: float, completions: Sequence[Completion]) -> str:
     timings = [completion.timings for completion in completions]
-    first = np.array([t.first_token_seconds for t in timings]) * 1e3
-    each = np.array([t.generate_seconds / max(1, t.generated_tokens - 1) for t in timings]) * 1e3
+    first = [t.first_token_seconds for t in timings]
+    each = [t.generate_seconds / (t.generated_tokens - 1) for t in timings if t.generated_tokens > 1]
     cells = [
         str(batch), AT_ONCE if rate == np.inf else f"{rate:g}", f"{seconds:.1f} s",
         f"{sum(t.generated_tokens for t in timings) / seconds:.1f}",
-        *(f"{np.median(times):.3g} ms ({np.percentile(times, 95):.3g})" for times in (first, each)),
+        *(milliseconds(times) for times in (first, each)),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def milliseconds(times: Sequence[float]) -> str:
+    return f"{np.median(times) * 1e3:.3g} ms ({np.percentile(times, 95) * 1e3:.3g})" if times else "–"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

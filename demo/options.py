@@ -26,7 +26,8 @@ examples:
   rill MODEL --chat                            a conversation: Ctrl-C stops a reply, Ctrl-D ends
 
 Sampling options that are not given come from the model's generation_config.json. RILL_ISA and
-OMP_NUM_THREADS count where --isa and --threads are not given. OMP_PROC_BIND=true binds each thread to a core.
+OMP_NUM_THREADS (the most threads) count where --isa and --threads are not given. OMP_PROC_BIND=true binds each thread
+to a core.
 RILL_CACHE_GB bounds what is kept of quantised weights, by default to a quarter of the disk; what has been unused
 for longest goes first.
 

@@ -36,6 +36,7 @@ void attend_narrow_tile(const struct attention_tile *t)
 {
     struct attention_tile strip = *t;
     int64_t pages = 0;
+    strip.next = (struct ahead){t->kv_head, tile_end_page(t)}; /* there is no other block */
     for (int64_t page = tile_next_page(t, 0); page < tile_end_page(t); page = tile_next_page(t, page + 1))
         t->page[pages++] = page;
     if (t->copied)
@@ -44,6 +45,7 @@ void attend_narrow_tile(const struct attention_tile *t)
         strip.row = row_of(t, first);
         strip.skipped = first % t->group;
         strip.queries = min_i64(t->strip, t->queries - first);
+        strip.rows = row_of(t, first + strip.queries - 1) + 1 - strip.row;
         fetch_queries(t, first + t->strip, min_i64(first + 2 * t->strip, t->queries));
         tile_load_queries(&strip);
         tile_clear_sums(&strip);

@@ -42,13 +42,20 @@ def test_a_request_waits_for_its_time_and_for_no_other() -> None:
 
 
 def test_what_goes_wrong_in_a_request_is_raised() -> None:
+    start = time.perf_counter()
     with LLM(default_model(), max_batch=1, max_seq_len=8) as llm, pytest.raises(UsageError, match="the prompt has 9"):
-        arrivals.serve(llm, [Arrival(0.0, [1], 1), Arrival(0.0, [1] * 9, 1)])
+        arrivals.serve(llm, [Arrival(60.0, [1], 1), Arrival(0.0, [1] * 9, 1)])
+    assert time.perf_counter() - start < 60, "before the last one has arrived"
+
+
+def test_a_single_token_has_none_after_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert arrivals.main(["--requests", "2", "-p", "4", "-n", "1", "--rate", "all", "-b", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| – |")
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--rate", "0"], ["--rate", "1,-2"], ["--rate", "inf"], ["--rate", "nan"], ["--rate", "often"], ["--rate", ""],
-    ["--requests", "0"], ["-b", "0"], ["-p", "0"], ["-n", "1000000"],
+    ["--rate", "0"], ["--rate", "1,-2"], ["--rate", "inf"], ["--rate", "nan"], ["--rate", "1e400"], ["--rate", "often"],
+    ["--rate", ""], ["--requests", "0"], ["-b", "0"], ["-p", "0"], ["-n", "1000000"],
 ])  # fmt: skip
 def test_misuse_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert arrivals.main(arguments) == 2
