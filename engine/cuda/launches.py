@@ -69,15 +69,29 @@ def kv_store(op: Any, rows: int) -> list[Launch]:
     return [Launch("kv_store", (rows * (op.k_width // op.head_dim), 1, 1), 2 * n.WARP)]
 
 
+def rmsnorm_rope_kv_store(rope: Any, store: Any, rows: int) -> Launch:
+    """Blocks for KV heads, then for pairs of query heads."""
+    heads, kv_heads = rope.x_width // store.head_dim, store.k_width // store.head_dim
+    return Launch("rmsnorm_rope_kv_store", (rows * (kv_heads + ceil_div(heads - kv_heads, 2)), 1, 1), 2 * n.WARP)
+
+
 def matmul(op: Any, rows: int, name: str = "matmul") -> list[Launch]:
     dtype = DTYPES[op.weight_dtype]
     if rows > n.FEW:
         grid = ceil_div(op.out_width, n.TILE), ceil_div(rows, n.TILE), 1
         tensors = op.weight_group or dtype == "bf16"
         return [Launch(f"{name}_many_{dtype}", grid, n.TENSOR_THREADS if tensors else n.THREADS)]
+    return [few_rows(name, op, op.out_width, rows)]
+
+
+def few_rows(name: str, op: Any, width: int, rows: int) -> Launch:
+    """A matmul of up to FEW rows, by itself or fused. width: of what comes out; half the matrix's, if two outputs make
+    one."""
     outputs = n.PANEL if op.weight_group else n.THREADS // n.WARP  # of a block
     count = "few" if op.weight_group or rows > 1 else "one"
-    return [Launch(f"{name}_{count}_{dtype}", (ceil_div(op.out_width, outputs) if rows else 0, 1, 1), n.THREADS)]
+    panels = op.out_width // width if op.weight_group else 1  # of a block
+    blocks = ceil_div(width, outputs) if rows else 0
+    return Launch(f"{name}_{count}_{DTYPES[op.weight_dtype]}", (blocks, 1, 1), panels * n.THREADS)
 
 
 def logits(op: Any, rows: int) -> list[Launch]:

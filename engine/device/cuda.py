@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from engine.cuda.device_array import Allocation, DeviceArray
 from engine.cuda.driver import open_driver
 from engine.cuda.launches import Launch, ceil_div, row_bytes
 from engine.cuda.panels import Panels
-from engine.device import Cancelled, Device, Program, Progress, failure
+from engine.cuda.program import CUDAProgram
+from engine.device import Device, Program, Progress
 from engine.errors import RillError, UsageError
 from engine.int8 import Int8Array, dequantise, quantise
 from engine.quantised import Format
@@ -22,9 +24,8 @@ from engine.quantised import Format
 if TYPE_CHECKING:
     from engine.cuda.driver import Driver
     from engine.layer import Weight
-    from engine.plan import Node, Plan, Tensor
+    from engine.plan import Plan, Tensor
 
-MAX_RECORDED = 256  # steps of different shapes that are remembered to be recorded
 STAGED = 8 << 20  # bytes of a weight that are on their way at once
 UINT8 = np.dtype(np.uint8)
 PANEL = int(abi.constants.PANEL)
@@ -53,9 +54,13 @@ class Mirror:
 
 
 class CUDADevice(Device):
+    """fuses: whether plans lowered from now on have some nodes launched together (engine/cuda/fusion.py); not where the
+    environment has RILL_CUDA_FUSION=0."""
+
     type = "cuda"
 
     def __init__(self, driver: Driver) -> None:
+        self.fuses = os.environ.get("RILL_CUDA_FUSION", "") != "0"
         self.driver, self.description = driver, driver.description
         self.stop, self.notes, self.details = False, [], []
         self.control = DeviceArray(Allocation(driver, abi.ffi.sizeof("struct control")), (3,), np.dtype(np.int32))
@@ -87,6 +92,10 @@ class CUDADevice(Device):
             raise RillError(f"GPU memory: {size:,} bytes are needed, {free:,} are free: take a smaller model, or a "
                             "shorter context")  # fmt: skip
         return DeviceArray(Allocation(self.driver, max(size, 1)), shape, dtype)
+
+    def scratch(self, size: int) -> DeviceArray:
+        """Memory for kernels to work in."""
+        return self._array((size,), UINT8)
 
     def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
         total, done = sum(self.weight_bytes(weight) for weight in weights), 0
@@ -212,98 +221,6 @@ class CUDADevice(Device):
 
     def cancel(self, flag: bool) -> None:
         self.stop = flag
-
-
-class CUDAProgram(Program):
-    """Every node's launches, made when a number of rows is first met."""
-
-    def __init__(self, device: CUDADevice, plan: Plan) -> None:
-        self.device, self.driver, self.nodes = device, device.driver, plan.nodes
-        self.structs = [abi.fill_struct(node, device.address) for node in plan.nodes]
-        self.counts = list({node.rows: None for node in plan.nodes})
-        self.mirrors = {device.mirrors[t] for node in plan.nodes for t in [*node.tensors.values(), node.rows]
-                        if t in device.mirrors}  # fmt: skip
-        self.scratch = device._array((max(self._scratch_bytes(), 1),), UINT8)
-        self.bound: dict[tuple[int, int], list[Callable[[], None]]] = {}
-        self.recorded: dict[Any, Callable[[], None] | None] = {}
-
-    def _scratch_bytes(self) -> int:
-        """The most that any launch needs: of all rows, or of as many as are still cut into ranges."""
-        most = 0
-        for i, node in enumerate(self.nodes):
-            for rows in {max_rows(node), min(max_rows(node), int(launches.n.SPLIT_ROWS))}:
-                most = max(most, *(launch.share * launch.shares for launch in self._launches(i, rows)))
-        return most
-
-    def _launches(self, index: int, rows: int) -> list[Launch]:
-        found: list[Launch] = getattr(launches, self.nodes[index].op.name)(self.structs[index], rows)
-        return found
-
-    def _bind(self, index: int, rows: int) -> list[Callable[[], None]]:
-        """The launches of a node, ready to be called."""
-        key = index, rows
-        if key not in self.bound:
-            struct = bytes(abi.ffi.buffer(self.structs[index]))
-            self.bound[key] = [
-                self.driver.bind(launch, struct + self._team(launch.share))
-                for launch in self._launches(index, rows)
-                if min(launch.grid) > 0
-            ]
-        return self.bound[key]
-
-    def _team(self, share: int) -> bytes:
-        """struct team of common.cuh."""
-        return np.array([self.device.control.address, self.scratch.address, share], np.uint64).tobytes()
-
-    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
-        for mirror in self.mirrors:
-            mirror.send()
-        rows = {tensor: int(tensor.storage[0]) for tensor in self.counts}
-        if times is not None:
-            self._run_timed(first, last, rows, times)
-        else:
-            self._replay(first, last, rows)
-        self.driver.synchronise()
-        if self.device.stop:
-            raise Cancelled
-        status, detail = self.device.control[1:].tolist()
-        if status:
-            self.device.control[:] = 0
-            raise failure(status, detail)
-
-    def _replay(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
-        """Launches; what is asked for a second time is recorded, where the driver can, and from then on one launch."""
-        key = (first, last, *rows.values())
-        recorded = self.recorded.get(key)
-        if recorded is not None:
-            recorded()
-            return
-        if key in self.recorded and self.driver.records and len(self.recorded) <= MAX_RECORDED:
-            self.recorded[key] = self.driver.record(lambda: self._launch(first, last, rows))
-            self._replay(first, last, rows)
-            return
-        self.recorded[key] = None
-        self._launch(first, last, rows)
-
-    def _launch(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
-        for i in range(first, last):
-            if self.device.stop:
-                return
-            for launch in self._bind(i, rows[self.nodes[i].rows]):
-                launch()
-
-    def _run_timed(self, first: int, last: int, rows: dict[Tensor, int], times: np.ndarray) -> None:
-        marks = [self.driver.mark()]
-        for i in range(first, last):
-            self._launch(i, i + 1, rows)
-            marks.append(self.driver.mark())
-        at = self.driver.nanoseconds(marks)
-        for i in range(last - first):
-            times[0, i] = at[i], at[i + 1], at[i + 1]  # nobody to wait for
-
-
-def max_rows(node: Node) -> int:
-    return max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
 
 
 def panels_of(matrix: Tensor) -> Panels:

@@ -46,7 +46,7 @@ DEVICE void from_float(float x, int8_t &to) { to = (int8_t)rintf(x); }
  * [kv_pages][kv_head][K, V][PAGE] f32, the scales. */
 DEVICE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 template <class T> DEVICE int64_t row_bytes(int64_t width) { return round_up(width * (int64_t)sizeof(T), LINE); }
-DEVICE int64_t page_entry(int64_t page, int32_t sink_pages, int32_t ring_pages)
+DEVICE int page_entry(int page, int sink_pages, int ring_pages)
 {
     return ring_pages == 0 || page < sink_pages ? page : sink_pages + (page - sink_pages) % ring_pages;
 }
@@ -106,6 +106,17 @@ DEVICE float block_max(float x)
         max = fmaxf(max, part[i]);
     __syncthreads();
     return max;
+}
+
+/* The scale that rmsnorm gives to numbers of which the squares add up to so much. */
+DEVICE float inverse_rms(float squares, int64_t count, float eps) { return 1.0f / sqrtf(squares / (float)count + eps); }
+DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+/* Rotates a number of the first half of a head against that of the second. */
+DEVICE void rotate(float first, float second, const float *angles, int64_t half, float *out)
+{
+    float cosine = angles[0], sine = angles[half];
+    out[0] = first * cosine - second * sine;
+    out[half] = second * cosine + first * sine;
 }
 
 /* Notes a failure; only the first is reported. */

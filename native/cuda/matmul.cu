@@ -2,57 +2,9 @@
  * it with all of them; of a quantised matrix a block reads PANEL rows, for tensor cores. Many are cut into tiles: in
  * float32 by ordinary multiply-adds, in bf16 by the tensor cores. Quantised matrices are widened on the way there. Tensor
  * cores see x rounded to bf16. Sums are float32. */
+#include "multiply_few.cuh"
 #include "multiply_panel.cuh"
-#include "product.cuh"
 #include "quants.cuh"
-
-/* Some inputs, one line of a row of the matrix, times all rows. */
-template <class T, int ROWS> DEVICE void add_line(const struct product &p, uint4 bits, int64_t at, float *sum)
-{
-    enum { COUNT = per_line<T>::COUNT };
-    float w[COUNT];
-    widen_line<T>(bits, w);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        if (r >= p.rows)
-            break;
-        float x[COUNT];
-        load_x<COUNT>(row_of(p, r) + at, p.k - at, x);
-#pragma unroll
-        for (int j = 0; j < COUNT; j++)
-            sum[r] = fmaf(x[j], w[j], sum[r]);
-    }
-}
-
-/* One output of up to ROWS rows by a warp: the order of the sums is the same for any number of rows. Several lines of the
- * matrix are on their way at once. */
-template <class T, int ROWS> DEVICE void multiply_few(const struct product &p)
-{
-    enum { COUNT = per_line<T>::COUNT, STEP = WARP * COUNT, TOGETHER = 4 };
-    int64_t column = blockIdx.x * (int64_t)(blockDim.x / WARP) + threadIdx.x / WARP;
-    int lane = threadIdx.x % WARP;
-    if (column >= p.out_width)
-        return;
-    const char *weight = p.weight + column * row_bytes<T>(p.k);
-    float sum[ROWS] = {};
-    for (int64_t i = lane * COUNT; i < p.k; i += TOGETHER * STEP) {
-        uint4 line[TOGETHER];
-#pragma unroll
-        for (int t = 0; t < TOGETHER; t++)
-            if (i + t * STEP < p.k)
-                line[t] = *(const uint4 *)(weight + (i + t * STEP) * (int64_t)sizeof(T));
-#pragma unroll
-        for (int t = 0; t < TOGETHER; t++)
-            if (i + t * STEP < p.k)
-                add_line<T, ROWS>(p, line[t], i + t * STEP, sum);
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        float total = warp_sum(sum[r]);
-        if (lane == 0 && r < p.rows)
-            put(p, r, column, total);
-    }
-}
 
 /* A tile of TILE × TILE outputs, each thread 4 × 4 of them: rows and columns that are 16 apart. */
 template <class T> DEVICE void multiply_tile(const struct product &p)
@@ -229,16 +181,16 @@ template <class Piece> DEVICE void multiply_tensors(const struct product &p)
 
 /* The kernels of an op: one row, few, many, by the dtype of the weight. Of quantised ones few are as fast as one. */
 #define KERNELS(op_name)                                                                                             \
-    KERNEL(op_name##_one_f32, op_name, THREADS) { multiply_few<float, 1>(product_of(op)); }                          \
-    KERNEL(op_name##_one_bf16, op_name, THREADS) { multiply_few<struct bf16, 1>(product_of(op)); }                   \
-    KERNEL(op_name##_one_f16, op_name, THREADS) { multiply_few<struct f16, 1>(product_of(op)); }                     \
-    KERNEL(op_name##_few_f32, op_name, THREADS) { multiply_few<float, FEW>(product_of(op)); }                        \
-    KERNEL(op_name##_few_bf16, op_name, THREADS) { multiply_few<struct bf16, FEW>(product_of(op)); }                 \
-    KERNEL(op_name##_few_f16, op_name, THREADS) { multiply_few<struct f16, FEW>(product_of(op)); }                   \
-    KERNEL(op_name##_few_i8, op_name, THREADS) { multiply_panel<i8>(product_of(op)); }                               \
-    KERNEL(op_name##_few_i4, op_name, THREADS) { multiply_panel<i4>(product_of(op)); }                               \
-    KERNEL(op_name##_few_u8, op_name, THREADS) { multiply_panel<u8>(product_of(op)); }                               \
-    KERNEL(op_name##_few_u4, op_name, THREADS) { multiply_panel<u4>(product_of(op)); }                               \
+    KERNEL(op_name##_one_f32, op_name, THREADS) { multiply_few<float, 1, alone>(product_of(op)); }                   \
+    KERNEL(op_name##_one_bf16, op_name, THREADS) { multiply_few<struct bf16, 1, alone>(product_of(op)); }            \
+    KERNEL(op_name##_one_f16, op_name, THREADS) { multiply_few<struct f16, 1, alone>(product_of(op)); }              \
+    KERNEL(op_name##_few_f32, op_name, THREADS) { multiply_few<float, FEW, alone>(product_of(op)); }                 \
+    KERNEL(op_name##_few_bf16, op_name, THREADS) { multiply_few<struct bf16, FEW, alone>(product_of(op)); }          \
+    KERNEL(op_name##_few_f16, op_name, THREADS) { multiply_few<struct f16, FEW, alone>(product_of(op)); }            \
+    KERNEL(op_name##_few_i8, op_name, THREADS) { multiply_panel<i8, alone>(product_of(op)); }                        \
+    KERNEL(op_name##_few_i4, op_name, THREADS) { multiply_panel<i4, alone>(product_of(op)); }                        \
+    KERNEL(op_name##_few_u8, op_name, THREADS) { multiply_panel<u8, alone>(product_of(op)); }                        \
+    KERNEL(op_name##_few_u4, op_name, THREADS) { multiply_panel<u4, alone>(product_of(op)); }                        \
     KERNEL(op_name##_many_f32, op_name, THREADS) { multiply_tile<float>(product_of(op)); }                           \
     KERNEL(op_name##_many_f16, op_name, THREADS) { multiply_tile<struct f16>(product_of(op)); }                      \
     KERNEL(op_name##_many_bf16, op_name, TENSOR_THREADS) { multiply_tensors<struct bf16_piece>(product_of(op)); }    \

@@ -5,11 +5,9 @@
 #include "product.cuh"
 #include "quants.cuh"
 
-/* What a lane multiplies a line by: of each step four inputs of a row of x, as a pair of even ones and one of odd. Zeros
- * beyond the end. */
-template <class Q> DEVICE void load_pairs(const float *x, int left, uint32_t (*pairs)[2])
+/* Of each step of a line the four inputs that a lane has; zeros beyond the end. */
+template <class Q> DEVICE void load_fours(const float *x, int left, float (*four)[4])
 {
-    float four[Q::STEPS][4];
     if (left >= Q::INPUTS - Q::STEP + 4 && (uintptr_t)x % LINE == 0) {
 #pragma unroll
         for (int s = 0; s < Q::STEPS; s++)
@@ -19,8 +17,24 @@ template <class Q> DEVICE void load_pairs(const float *x, int left, uint32_t (*p
         for (int i = 0; i < Q::STEPS * 4; i++)
             four[i / 4][i % 4] = i / 4 * Q::STEP + i % 4 < left ? x[i / 4 * Q::STEP + i % 4] : 0.0f;
     }
+}
+
+/* What a lane multiplies a line by: its inputs of a row of x, of each step a pair of even ones and one of odd. Where x
+ * is normed, inputs take the norm's weights, and their squares are added up. */
+template <class Q, class Way>
+DEVICE void load_pairs(const struct product &p, const float *x, int first, uint32_t (*pairs)[2], float &squares)
+{
+    float four[Q::STEPS][4], norm[Q::STEPS][4];
+    load_fours<Q>(x + first, (int)p.k - first, four);
+    if (Way::NORMED)
+        load_fours<Q>(p.norm + first, (int)p.k - first, norm);
 #pragma unroll
     for (int s = 0; s < Q::STEPS; s++) {
+#pragma unroll
+        for (int i = 0; i < 4 && Way::NORMED; i++) {
+            squares = fmaf(four[s][i], four[s][i], squares);
+            four[s][i] *= norm[s][i];
+        }
         pairs[s][0] = pack_bf16(four[s][0], four[s][2]);
         pairs[s][1] = pack_bf16(four[s][1], four[s][3]);
     }
@@ -64,57 +78,74 @@ DEVICE void load_line(const struct panel &panel, int index, uint4 &line, struct 
 }
 
 /* A warp's part of a panel: its lines, of which several are on their way at once. */
-template <class Q, int SHARE> DEVICE void add_panel(const struct product &p, float *sum)
+enum { PANEL_WARPS = THREADS / WARP }; /* that share a panel */
+template <class Q, int SHARE, class Way>
+DEVICE void add_panel(const struct product &p, int64_t index, float *sum, float &squares)
 {
-    enum { TOGETHER = 4, WARPS = THREADS / WARP };
+    enum { TOGETHER = 4 };
     int lane = threadIdx.x % WARP, first = lane % 4 * 4;
     if (p.rows <= 0)
         return;
-    struct panel panel = panel_of<Q>(p.weight, p.k, p.group, blockIdx.x, lane);
-    const float *x = row_of(p, lane / 4 < p.rows ? lane / 4 : 0) + first; /* nobody looks at rows that there are not */
-    for (int i = threadIdx.x / WARP; i < panel.line_count; i += TOGETHER * WARPS) {
+    struct panel panel = panel_of<Q>(p.weight, p.k, p.group, index, lane);
+    const float *x = row_of(p, lane / 4 < p.rows ? lane / 4 : 0); /* nobody looks at rows that there are not */
+    for (int i = threadIdx.x / WARP % PANEL_WARPS; i < panel.line_count; i += TOGETHER * PANEL_WARPS) {
         uint4 line[TOGETHER];
         struct head heads[TOGETHER][Q::STEPS / SHARE];
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++)
-            if (i + t * WARPS < panel.line_count)
-                load_line<Q, SHARE>(panel, i + t * WARPS, line[t], heads[t]);
+            if (i + t * PANEL_WARPS < panel.line_count)
+                load_line<Q, SHARE>(panel, i + t * PANEL_WARPS, line[t], heads[t]);
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++)
-            if (i + t * WARPS < panel.line_count) {
-                int input = (i + t * WARPS) * Q::INPUTS;
+            if (i + t * PANEL_WARPS < panel.line_count) {
                 uint32_t pairs[Q::STEPS][2];
-                load_pairs<Q>(x + input, (int)p.k - first - input, pairs);
+                load_pairs<Q, Way>(p, x, (i + t * PANEL_WARPS) * Q::INPUTS + first, pairs, squares);
                 add_quants<Q, SHARE>(line[t], heads[t], pairs, sum);
             }
     }
 }
 
-/* PANEL outputs of up to FEW rows by a block, which reads them once. The order of the sums is the same for any number of
- * rows. */
-template <class Q> DEVICE void multiply_panel(const struct product &p)
+/* PANEL outputs of up to FEW rows by a block, which reads their panels once, THREADS threads each. The order of the sums
+ * is the same for any number of rows. */
+template <class Q, class Way> DEVICE void multiply_panel(const struct product &p)
 {
-    __shared__ float part[THREADS / WARP][FEW][PANEL];
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    float sum[4] = {};
+    __shared__ float part[Way::OUTPUTS][PANEL_WARPS][FEW][PANEL], squares_of[PANEL_WARPS][FEW];
+    int output = threadIdx.x / THREADS, warp = threadIdx.x / WARP % PANEL_WARPS, lane = threadIdx.x % WARP;
+    int64_t index = blockIdx.x + output * (p.out_width / PANEL);
+    float sum[4] = {}, squares = 0.0f;
     if (p.group >= Q::INPUTS)
-        add_panel<Q, Q::STEPS>(p, sum);
+        add_panel<Q, Q::STEPS, Way>(p, index, sum, squares);
     else if (p.group == 2 * Q::STEP)
-        add_panel<Q, 2>(p, sum);
+        add_panel<Q, 2, Way>(p, index, sum, squares);
     else
-        add_panel<Q, 1>(p, sum);
+        add_panel<Q, 1, Way>(p, index, sum, squares);
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        part[warp][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = sum[i];
+        part[output][warp][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = sum[i];
+    if (Way::NORMED) {
+        squares = warp_sum(squares, 4);
+        if (output == 0 && lane % 4 == 0)
+            squares_of[warp][lane / 4] = squares;
+    }
     __syncthreads();
     int row = threadIdx.x / PANEL;
     int64_t column = blockIdx.x * (int64_t)PANEL + threadIdx.x % PANEL;
     if (row >= min_of(FEW, (int)p.rows) || column >= p.out_width)
         return;
-    float total = 0.0f;
-    for (int w = 0; w < THREADS / WARP; w++)
-        total += part[w][row][threadIdx.x % PANEL];
-    put(p, row, column, total * WIDENED);
+    float total[Way::OUTPUTS] = {};
+    squares = 0.0f;
+    for (int w = 0; w < PANEL_WARPS; w++) {
+#pragma unroll
+        for (int o = 0; o < Way::OUTPUTS; o++)
+            total[o] += part[o][w][row][threadIdx.x % PANEL];
+        if (Way::NORMED)
+            squares += squares_of[w][row];
+    }
+    float scale = Way::NORMED ? inverse_rms(squares, p.k, p.eps) : 1.0f;
+#pragma unroll
+    for (int o = 0; o < Way::OUTPUTS; o++)
+        total[o] *= WIDENED * scale;
+    put(Way(), p, row, column, total);
 }
 
 #endif

@@ -6,7 +6,7 @@ DEVICE void normalise(const float *x, const float *weight, float *out, int width
     float sum = 0.0f;
     for (int i = threadIdx.x; i < width; i += blockDim.x)
         sum += x[i] * x[i];
-    float scale = 1.0f / sqrtf(block_sum(sum) / (float)width + eps);
+    float scale = inverse_rms(block_sum(sum), width, eps);
     for (int i = threadIdx.x; i < width; i += blockDim.x)
         out[i] = x[i] * scale * weight[i];
 }

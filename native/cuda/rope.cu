@@ -18,10 +18,7 @@ KERNEL(rope, rope, THREADS)
     int64_t head_dim = op.angles_width, half = head_dim / 2, pairs = op.x_width / 2, count = *op.rows * pairs;
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < count; i += gridDim.x * (int64_t)blockDim.x) {
         int64_t row = i / pairs, column = i % pairs / half * head_dim + i % half;
-        const float *x = op.x + row * op.x_stride + column, *angles = op.angles + row * head_dim + i % half;
-        float *out = op.out + row * op.out_stride + column;
-        float first = x[0], second = x[half], cosine = angles[0], sine = angles[half];
-        out[0] = first * cosine - second * sine;
-        out[half] = second * cosine + first * sine;
+        const float *x = op.x + row * op.x_stride + column;
+        rotate(x[0], x[half], op.angles + row * head_dim + i % half, half, op.out + row * op.out_stride + column);
     }
 }

@@ -1,0 +1,141 @@
+"""A lowered plan on a GPU: launches, recorded or not, one after the other on the device's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from engine import abi
+from engine.cuda import launches
+from engine.cuda.fusion import Group, find_groups
+from engine.cuda.launches import Launch
+from engine.device import Cancelled, Program, failure
+
+if TYPE_CHECKING:
+    from engine.device.cuda import CUDADevice
+    from engine.plan import Node, Plan, Tensor
+
+MAX_RECORDED = 256  # steps of different shapes that are remembered to be recorded
+
+
+class Piece(NamedTuple):
+    """Launches in place of `nodes`. main: the node that their time is noted at."""
+
+    nodes: range
+    main: int
+    launches: list[Callable[[], None]]
+
+
+class CUDAProgram(Program):
+    """Every node's launches, made when a number of rows is first met. Of few rows, groups of nodes are fused."""
+
+    def __init__(self, device: CUDADevice, plan: Plan) -> None:
+        self.device, self.driver, self.nodes = device, device.driver, plan.nodes
+        self.structs = [abi.fill_struct(node, device.address) for node in plan.nodes]
+        groups = find_groups(plan, self.structs, device.address) if device.fuses else []
+        self.groups = {group.nodes.start: group for group in groups}
+        self.counts = list({node.rows: None for node in plan.nodes})
+        self.mirrors = {device.mirrors[t] for node in plan.nodes for t in [*node.tensors.values(), node.rows]
+                        if t in device.mirrors}  # fmt: skip
+        self.scratch = device.scratch(max(self._scratch_bytes(), 1))
+        self.alone: dict[tuple[int, int], Piece] = {}  # (node, rows) -> piece
+        self.fused: dict[tuple[int, int], list[Piece]] = {}  # (first node of a group, rows) -> pieces
+        self.recorded: dict[Any, Callable[[], None] | None] = {}
+
+    def _scratch_bytes(self) -> int:
+        """The most that any launch needs: of all rows, or of as many as are still cut into ranges."""
+        most = 0
+        for i, node in enumerate(self.nodes):
+            for rows in {max_rows(node), min(max_rows(node), int(launches.n.SPLIT_ROWS))}:
+                most = max(most, *(launch.share * launch.shares for launch in self._launches(i, rows)))
+        return most
+
+    def _launches(self, index: int, rows: int) -> list[Launch]:
+        found: list[Launch] = getattr(launches, self.nodes[index].op.name)(self.structs[index], rows)
+        return found
+
+    def _pieces(self, first: int, last: int, rows: dict[Tensor, int]) -> Iterator[Piece]:
+        """Of nodes [first, last): a group is fused if all of it is among them."""
+        while first < last:
+            group, count = self.groups.get(first), rows[self.nodes[first].rows]
+            fused = group is not None and count <= launches.n.FEW and group.nodes.stop <= last
+            pieces = self._fused(group, count) if group and fused else [self._alone(first, count)]
+            yield from pieces
+            first = pieces[-1].nodes.stop
+
+    def _alone(self, index: int, rows: int) -> Piece:
+        key = index, rows
+        if key not in self.alone:
+            calls = [self._bind(launch, self.structs[index]) for launch in self._launches(index, rows)]
+            self.alone[key] = Piece(range(index, index + 1), index, [call for call in calls if call])
+        return self.alone[key]
+
+    def _fused(self, group: Group, rows: int) -> list[Piece]:
+        key = group.nodes.start, rows
+        if key not in self.fused:
+            bound = [(part, self._bind(part.launch(rows), *part.structs)) for part in group.parts]
+            self.fused[key] = [Piece(part.nodes, part.main, [call] if call else []) for part, call in bound]
+        return self.fused[key]
+
+    def _bind(self, launch: Launch, *structs: Any) -> Callable[[], None] | None:
+        """A launch, ready to be called; None where it has no blocks."""
+        if min(launch.grid) == 0:
+            return None
+        team = np.array([self.device.control.address, self.scratch.address, launch.share], np.uint64)  # of common.cuh
+        return self.driver.bind(launch, b"".join(bytes(abi.ffi.buffer(struct)) for struct in structs) + team.tobytes())
+
+    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
+        for mirror in self.mirrors:
+            mirror.send()
+        rows = {tensor: int(tensor.storage[0]) for tensor in self.counts}
+        if times is not None:
+            self._run_timed(first, last, rows, times)
+        else:
+            self._replay(first, last, rows)
+        self.driver.synchronise()
+        if self.device.stop:
+            raise Cancelled
+        status, detail = self.device.control[1:].tolist()
+        if status:
+            self.device.control[:] = 0
+            raise failure(status, detail)
+
+    def _replay(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
+        """Launches; what is asked for a second time is recorded, where the driver can, and from then on one launch."""
+        key = (first, last, *rows.values())
+        recorded = self.recorded.get(key)
+        if recorded is not None:
+            recorded()
+            return
+        if key in self.recorded and self.driver.records and len(self.recorded) <= MAX_RECORDED:
+            self.recorded[key] = self.driver.record(lambda: self._launch(first, last, rows))
+            self._replay(first, last, rows)
+            return
+        self.recorded[key] = None
+        self._launch(first, last, rows)
+
+    def _launch(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
+        for piece in self._pieces(first, last, rows):
+            if self.device.stop:
+                return
+            for launch in piece.launches:
+                launch()
+
+    def _run_timed(self, first: int, last: int, rows: dict[Tensor, int], times: np.ndarray) -> None:
+        """The nodes before and after the main one of a piece take no time, since they have none of their own."""
+        pieces, marks = list(self._pieces(first, last, rows)), [self.driver.mark()]
+        for piece in pieces:
+            for launch in [] if self.device.stop else piece.launches:
+                launch()
+            marks.append(self.driver.mark())
+        at = self.driver.nanoseconds(marks)
+        for piece, begin, end in zip(pieces, at, at[1:], strict=False):
+            for i in piece.nodes:
+                started, ended = end if i > piece.main else begin, begin if i < piece.main else end
+                times[0, i - first] = started, ended, ended  # nobody to wait for
+
+
+def max_rows(node: Node) -> int:
+    return max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
