@@ -111,13 +111,13 @@ class Phase:
             self.works[kind] += self.kinds.of(int(kind), spans, replay.logit_rows) * int(calls[kind])
 
     def by_op(self, limits: Limits | None) -> list[OpTime]:
-        """The ops, those first that took longest."""
+        """The ops that took any time, those first that took longest."""
         names = [node.op.name for node in self.kinds.nodes]
         found = []
         for op in dict.fromkeys(names):
             mine = [i for i, name in enumerate(names) if name == op and self.calls[i]]
-            if mine:
-                seconds, waited = max(float(self.spent[mine].sum()), 1e-9), float(self.waited[mine].sum())
+            seconds, waited = float(self.spent[mine].sum()), float(self.waited[mine].sum())
+            if seconds > 0:  # not so where a device has fused all of them into others
                 least = sum(limits.seconds(self.works[i]) for i in mine) if limits else None
                 work = sum((self.works[i] for i in mine), Work())
                 found.append(OpTime(op, int(self.calls[mine].sum()), seconds, waited / seconds, work, least))

@@ -465,9 +465,9 @@ def test_fused_logits_are_those_of_one_node_after_the_other(options: dict[str, A
 
 
 def test_times_of_fused_nodes(emulated: EmulatedDriver) -> None:
-    """A group's time is that of its products; what has gone into them takes none."""
+    """A group's time is that of its products and of kv_store; what has gone into them takes none."""
     with LLM(TINY, device="cuda", max_seq_len=64) as llm, llm.profile() as profile:
         llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=3))
-    spent = {op.op: op.seconds for op in profile.phases["decode"].by_op(None)}
-    assert spent["swiglu"] == spent["rope"] == spent["rmsnorm"] < 1e-8 < spent["matmul"]
-    assert spent["kv_store"] > 1e-8 and spent["add_rmsnorm"] > 1e-8, "the last norm is launched by itself"
+    spent = {op.op for op in profile.phases["decode"].by_op(None)}
+    assert not spent & {"swiglu", "rope", "rmsnorm"}
+    assert spent >= {"matmul", "kv_store", "add_rmsnorm"}, "the last norm is launched by itself"

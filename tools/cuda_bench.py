@@ -26,13 +26,17 @@ GPU = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm
 
 
 def programs(model: str, results: Path) -> dict[str, str]:
-    """File to keep what it prints in -> arguments of a module."""
+    """File to keep what it prints in -> arguments of a module, after settings of the environment."""
     benchmark = f"demo.benchmark {model} --method cuda -o json"
+    decode = f"{benchmark} --phase decode -n 128 -d 0,4096 -b 1,8"
+    quantised = f"{benchmark} --dtype int8,int4 --phase decode -n 128 -b 1,8"
     sweep = f"demo.benchmark_plot --device cuda --T-max 131072 --head-dim 128 -o {results}/cuda-attention"
     return {
-        "cuda-decode.json": f"{benchmark} --phase decode -n 128 -d 0,4096 -b 1,8",
+        "cuda-decode.json": decode,
+        "cuda-decode-unfused.json": f"RILL_CUDA_FUSION=0 {decode}",
         "cuda-prefill.json": f"{benchmark} --phase prefill -p 512,2048",
-        "cuda-decode-quantised.json": f"{benchmark} --dtype int8,int4 --phase decode -n 128 -b 1,8",
+        "cuda-decode-quantised.json": quantised,
+        "cuda-decode-quantised-unfused.json": f"RILL_CUDA_FUSION=0 {quantised}",
         "cuda-prefill-quantised.json": f"{benchmark} --dtype int8,int4 --phase prefill -p 512,2048",
         "cuda-attention.md": "demo.attention --device cuda",
         "cuda-attention-dense.md": f"{sweep}-exact --heads 16 --kv-heads 8",
@@ -50,14 +54,16 @@ def measure(results: Path, model: str) -> list[dict[str, Any]]:
     """Runs every program; what became of each."""
     records = []
     for file, arguments in programs(model, results).items():
-        command = [sys.executable, "-m", *arguments.split()]
+        words = arguments.split()
+        settings = [word for word in words if word.startswith("RILL_")]
+        command = ["-m", *words[len(settings) :]]
         start = time.perf_counter()
-        done = run(command)
+        done = run(["env", *settings, sys.executable, *command])
         if not done.returncode:
             text = done.stdout
             write_whole(results / file, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
         print(done.stdout if not done.returncode else done.stderr, flush=True)
-        records.append({"command": shlex.join(["python", *command[1:]]), "file": file, "status": done.returncode,
+        records.append({"command": shlex.join([*settings, "python", *command]), "file": file, "status": done.returncode,
                         "seconds": round(time.perf_counter() - start, 1),
                         "error": done.stderr.strip().splitlines()[-1:] if done.returncode else []})  # fmt: skip
     return records
