@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from engine.plan import Node
 
 LIBRARIES = Path(os.environ.get("RILL_LIBRARIES") or Path(__file__).parent / "_native")
+CHECKOUT = Path(__file__).parent.parent / "native"
+SOURCES = CHECKOUT if (CHECKOUT / "abi.h").exists() else LIBRARIES  # of abi.h and of kernels, which a wheel has there
 ISAS = ("baseline", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_amx")  # the best last
 
 FLOAT32 = np.dtype(np.float32)
@@ -34,14 +36,8 @@ UINT4 = np.dtype(ml_dtypes.uint4)
 LAST_POS = 2**31 - 1  # positions are int32
 
 
-def _header() -> str:
-    """abi.h: in native/ in a checkout, beside the libraries where the package is installed."""
-    checkout = Path(__file__).parent.parent / "native" / "abi.h"
-    return (checkout if checkout.exists() else LIBRARIES / "abi.h").read_text("utf-8")
-
-
 ffi = cffi.FFI()
-ffi.cdef(_header())
+ffi.cdef((SOURCES / "abi.h").read_text("utf-8"))
 constants: Any = ffi.dlopen(None)  # the enums of abi.h as attributes: constants.PAGE
 
 DTYPE_CODES = {FLOAT32: constants.DTYPE_F32, BFLOAT16: constants.DTYPE_BF16, FLOAT16: constants.DTYPE_F16,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from emulated_cuda import kernels_of
 
+from engine.cuda.kernels import find_nvcc, prebuilt_kernels
+
 ROOT = Path(__file__).parent.parent
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+NVCC = find_nvcc()
 SOURCES = sorted((ROOT / "native" / "cuda").glob("*.cu"))
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -29,6 +30,7 @@ def test_every_kernel_for_every_gpu() -> None:
         fatbin = (ROOT / "engine" / "_native" / "cuda" / f"{source.stem}.fatbin").read_bytes()
         missing = [name for name in kernels_of(source) if name.encode() not in fatbin]
         assert kernels_of(source) and not missing, f"{source.name}: {missing}"
+    assert {file.stem for file in prebuilt_kernels()} == {source.stem for source in SOURCES}, "and none is stale"
 
 
 def test_a_warning_is_an_error(tmp_path: Path) -> None:

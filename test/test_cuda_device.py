@@ -160,12 +160,17 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And without a compiler; test_cuda_kernels.py has what comes of one."""
     use(monkeypatch, fake_cuda())
+    monkeypatch.setenv("NVCC", "")
     monkeypatch.setattr(abi, "LIBRARIES", tmp_path)
     with pytest.raises(RillError, match="kernels have not been built"):
         open_device("cuda")
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "rope.fatbin").write_bytes(b"")
+    with pytest.raises(RillError, match="kernels were built from other sources: run `make cuda`"):
+        open_device("cuda")
+    monkeypatch.setattr(cuda_driver, "prebuilt_kernels", lambda: [tmp_path / "cuda" / "rope.fatbin"])
     with pytest.raises(RillError, match="no kernels for this GPU .sm_75.* CUBINS=75 cuda"):
         open_device("cuda")
 

@@ -6,12 +6,14 @@ import atexit
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from engine import abi
 from engine.cuda.device_array import Memory
+from engine.cuda.kernels import built_kernels, find_nvcc, prebuilt_kernels
 from engine.cuda.launches import Launch
 from engine.errors import RillError
 
@@ -79,7 +81,7 @@ class PyCUDADriver:
         self._enter()
         major, minor = gpu.compute_capability()
         self.description = f"{gpu.name()} (sm_{major}{minor})"
-        self.modules = self._load(f"sm_{major}{minor}")
+        self.modules = self._load("90a" if (major, minor) == (9, 0) else f"{major}{minor}")
         self.stream = cuda.Stream()
         self.functions: dict[str, Any] = {}
         self.allocations: dict[int, Any] = {}
@@ -107,14 +109,25 @@ class PyCUDADriver:
         self.local.current.leave()
 
     def _load(self, arch: str) -> list[Any]:
-        files = sorted((abi.LIBRARIES / "cuda").glob("*.fatbin"))
-        if not files:
-            raise RillError("no cuda device: its kernels have not been built (`make cuda`, which needs nvcc)")
+        """The prebuilt kernels; where they are missing, stale or of no use to this GPU, those of its own."""
         try:
-            return [self.cuda.module_from_file(str(file)) for file in files]
+            return self._open(prebuilt_kernels())
         except self.cuda.Error as error:
-            raise RillError(f"no cuda device: no kernels for this GPU ({arch}, {error}); build them for it: "
-                            f"make CUBINS={arch.removeprefix('sm_')} cuda") from None  # fmt: skip
+            reason = (f"no cuda device: no kernels for this GPU (sm_{arch}, {error}); build them for it: "
+                      f"make CUBINS={arch} cuda")  # fmt: skip
+        except RillError as error:
+            reason = str(error)
+        if (nvcc := find_nvcc()) is None:
+            raise RillError(reason)
+        files = built_kernels(nvcc, arch)
+        try:
+            return self._open(files)
+        except self.cuda.Error as error:
+            raise RillError(f"no cuda device: what was built for this GPU cannot be loaded (sm_{arch}, {error}); "
+                            f"delete {files[0].parent}") from None  # fmt: skip
+
+    def _open(self, files: Sequence[Path]) -> list[Any]:
+        return [self.cuda.module_from_file(str(file)) for file in files]
 
     # Memory.
 

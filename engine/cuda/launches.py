@@ -6,19 +6,11 @@ of rows from the step, so that a launch for many rows serves fewer, too.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine import abi
 
-
-def _header() -> str:
-    """launch.h: in native/cuda in a checkout, beside the kernels where the package is installed."""
-    checkout = Path(__file__).parents[2] / "native" / "cuda" / "launch.h"
-    return (checkout if checkout.exists() else abi.LIBRARIES / "cuda" / "launch.h").read_text("utf-8")
-
-
-abi.ffi.cdef(_header())
+abi.ffi.cdef((abi.SOURCES / "cuda" / "launch.h").read_text("utf-8"))
 n = abi.constants
 
 

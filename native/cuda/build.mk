@@ -1,9 +1,10 @@
 # Builds the kernels. Run it through `make cuda` or `make emulation`, from the root.
 #
 #   cuda       $(LIBRARIES)/cuda/<source>.fatbin, where nvcc is found: machine code for each of CUBINS, and PTX for
-#              later GPUs, of which the driver takes what suits
+#              later GPUs, of which the driver takes what suits; built_from.txt has the digests of the sources
 #   emulation  build/cuda/libcuda_emulation.so: the same sources by the host's C++ compiler, for tests
-NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+# engine/cuda/kernels.py, which builds at first use what is not built here, looks in the same places.
+NVCC ?= $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 CXX ?= c++
 CUBINS ?= 80 89 90a
 PTX ?= 80
@@ -16,7 +17,7 @@ HEADERS := $(wildcard native/cuda/*.h native/cuda/*.cuh) native/abi.h native/dra
 .PHONY: cuda emulation
 .DELETE_ON_ERROR:
 
-NVCC_FLAGS := -std=c++17 -Inative -Inative/cuda -O3 -Werror all-warnings --Wno-deprecated-gpu-targets \
+NVCC_FLAGS := -optf native/cuda/nvcc.flags -Inative -Inative/cuda -Werror all-warnings \
               $(foreach arch,$(CUBINS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
               $(foreach arch,$(PTX),-gencode arch=compute_$(arch),code=compute_$(arch)) $(NVCCFLAGS)
 FATBINS := $(NAMES:%=$(LIBRARIES)/cuda/%.fatbin)
@@ -25,16 +26,15 @@ ifeq (,$(NVCC))
 cuda:
 	@echo 'no nvcc: the CUDA kernels are not built (put it on the PATH, or name it: make NVCC=... cuda)'
 else
-cuda: $(FATBINS) $(LIBRARIES)/cuda/launch.h
+cuda: $(FATBINS)
 	@cd $(LIBRARIES)/cuda && for file in *.fatbin; do \
 	    case ' $(NAMES:%=%.fatbin) ' in *" $$file "*) ;; *) rm -f $$file ;; esac; done
+	@(cd native && sha256sum $(patsubst native/%,%,$(SOURCES) $(HEADERS)) cuda/nvcc.flags) >$(LIBRARIES)/cuda/built_from.txt
 endif
 
-$(LIBRARIES)/cuda/%.fatbin: native/cuda/%.cu $(HEADERS) native/cuda/build.mk
+$(LIBRARIES)/cuda/%.fatbin: native/cuda/%.cu $(HEADERS) native/cuda/nvcc.flags native/cuda/build.mk
 	@mkdir -p $(@D) && echo 'cuda: $<'
 	@$(NVCC) $(NVCC_FLAGS) -fatbin $< -o $@
-$(LIBRARIES)/cuda/launch.h: native/cuda/launch.h
-	@cp $< $@
 
 CXX_FLAGS := -std=c++17 -Inative -Inative/cuda -O2 -fPIC -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas $(CXXFLAGS)
 OBJECTS := $(NAMES:%=$(BUILD)/%.o) $(BUILD)/emulation.o
