@@ -4,7 +4,8 @@
 
 Runs the programs of demo/ one after the other, on a random model of Qwen3-0.6B's shape, and leaves what each of them
 prints or writes in the directory, with the commands and the GPU in cuda.json. A program that fails is noted there, and
-the rest still runs; the exit status tells.
+the rest still runs; the exit status tells. Where PyTorch is installed, cuda.json and cuda-pytorch.md have attention and
+products beside its own (tools.compare_gpu).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from demo.artifacts import about_machine, write_json, write_whole
 from engine.device import open_device
+from tools.compare_gpu import beside_pytorch, table
 
 GPU = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem", "--format=csv"]
 
@@ -84,9 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(made.stderr, file=sys.stderr)
             return 1
         records = measure(options.results, model)
+    beside = beside_pytorch(device)
+    text = beside.get("absent") or f"{beside['method']}.\n\n{table(beside['rows'])}"
+    print(text, flush=True)
+    if beside["rows"]:
+        write_whole(options.results / "cuda-pytorch.md", lambda partial: partial.write_text(text))
     gpu = run(GPU).stdout.strip().splitlines()
     write_json(options.results / "cuda.json",
-               {**about_machine(device), "gpu": gpu, "bytes_per_second": limits, "runs": records})  # fmt: skip
+               {**about_machine(device), "gpu": gpu, "bytes_per_second": limits, "runs": records,
+                "beside_pytorch": beside})  # fmt: skip
     return int(any(record["status"] for record in records))
 
 
