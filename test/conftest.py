@@ -17,6 +17,8 @@ settings.register_profile("rill", deadline=None, derandomize=True, suppress_heal
 settings.load_profile("rill")
 
 guard_memory()
+for inherited in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make that runs the tests: theirs prints as by itself
+    os.environ.pop(inherited, None)
 
 
 @pytest.fixture(scope="session", autouse=True)
