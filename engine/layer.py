@@ -91,13 +91,18 @@ def format_in(source: Any) -> Format | None:
 
 
 def matrix(name: str, sources: Sequence[Source], dtype: str = "auto") -> Weight:
-    """A weight [outputs, inputs] to multiply by. Kept as stored ("auto"), widened once ("float32") or quantised (a name
-    that quantised.format_of knows); sources that are fused but stored differently meet in float32."""
-    formats = {format_in(source) for source in sources}
-    if format := format_of(dtype) or (formats.pop() if dtype == "auto" and len(formats) == 1 else None):
+    """A weight [outputs, inputs] to multiply by. Kept as stored ("auto", for sources that are stored alike), widened
+    once ("float32") or quantised (a name that quantised.format_of knows)."""
+    if format := format_of(dtype) or (format_in(sources[0]) if dtype == "auto" else None):
         return Weight(name, sources, format.dtype, "matrix", format.group)
-    kinds = {stored_dtype(source) for source in sources}
-    return Weight(name, sources, kinds.pop() if dtype == "auto" and len(kinds) == 1 else FLOAT32, "matrix")
+    return Weight(name, sources, stored_dtype(sources[0]) if dtype == "auto" else FLOAT32, "matrix")
+
+
+def stored_alike(sources: Sequence[Source], dtype: str = "auto") -> list[range]:
+    """Runs of sources that can be one matrix of a dtype: all, unless they keep what they are stored as and differ."""
+    kinds = [(format_in(source) or stored_dtype(source)) if dtype == "auto" else dtype for source in sources]
+    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(kinds)], strict=True)]
 
 
 def vector(name: str, *sources: Source) -> Weight:

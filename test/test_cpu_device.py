@@ -386,5 +386,5 @@ def test_two_threads_pack_what_one_packs() -> None:
     for pair in isa_pairs():
         one, two = (Linear([values], device=device) for device in pair)
         for layer in (one, two):
-            layer.device.load([layer.weight])
-        assert (one.weight.storage == two.weight.storage).all(), pair[0].description
+            layer.device.load([layer.matrices[0]])
+        assert (one.matrices[0].storage == two.matrices[0].storage).all(), pair[0].description

@@ -71,7 +71,7 @@ def test_any_group_and_shape_as_misaligned_views(dtype: np.dtype, group: int, de
         x, matrix = normal(rng, rows, inputs), random_quants(rng, dtype, outputs, inputs, group)
         layer, bench = Linear([matrix], device=device), Bench(device, rows=rows)
         out = bench.output(outputs)
-        bench.record(matmul, x=bench.view(x), weight=layer.weight, bias=None, out=out)
+        bench.record(matmul, x=bench.view(x), weight=layer.matrices[0], bias=None, out=out)
         bench.run()
         assert_product(bench.result(out), x, matrix, (outputs, inputs, rows))
 
@@ -111,7 +111,7 @@ def test_what_weights_are_quantised_to(name: str, device: CUDADevice) -> None:
     for rows in (1, 8, 9):
         x = normal(rng, rows, 512)
         assert_close(layer.forward(x), exact_product(x, matrix), BFLOAT16_LIMIT, rows)
-    assert (device.download(layer.weight)[:] == matrix[:]).all()
+    assert (device.download(layer.matrices[0])[:] == matrix[:]).all()
 
 
 @pytest.mark.parametrize("dtype", [INT8, INT4], ids=str)
@@ -167,7 +167,7 @@ def test_no_inputs(device: CUDADevice) -> None:
     for name, rows in product(("int8", "int4", "auto"), (1, 5, 30)):
         layer = Linear([np.zeros((20, 0), BFLOAT16)], [bias], dtype=name, device=device)
         assert np.array_equal(layer.forward(np.zeros((rows, 0), np.float32)), np.tile(bias, (rows, 1)))
-        assert device.download(layer.weight)[:].shape == (20, 0)
+        assert device.download(layer.matrices[0])[:].shape == (20, 0)
 
 
 @every_dtype

@@ -55,7 +55,7 @@ def test_every_shape_as_misaligned_views(dtype: np.dtype) -> None:
         for device in devices():
             layer, bench = Linear([weight], device=device), Bench(device, rows=14)
             out = bench.output(case.outputs)
-            bench.record(matmul, x=bench.view(x), weight=layer.weight, bias=None, out=out)
+            bench.record(matmul, x=bench.view(x), weight=layer.matrices[0], bias=None, out=out)
             bench.run()
             exact, scale, limit = exact_matmul(x, weight), scale_of(x, weight), error_limit(device, dtype)
             assert_matmul(bench.result(out), exact, scale, limit, (device.description, case))
@@ -163,27 +163,33 @@ def test_odd_inputs_of_bf16_pairs() -> None:
         for device in devices():
             bench = Bench(device, rows=13)
             out, layer = bench.output(16), Linear([weight], device=device)
-            bench.record(matmul, x=bench.view(x), weight=layer.weight, bias=None, out=out)
+            bench.record(matmul, x=bench.view(x), weight=layer.matrices[0], bias=None, out=out)
             bench.run()
             exact, scale, limit = exact_matmul(x, weight), scale_of(x, weight), error_limit(device, BFLOAT16)
             assert_matmul(bench.result(out), exact, scale, limit, (device.description, inputs))
 
 
 def test_stacked_parts_of_mixed_dtypes_with_biases() -> None:
-    """q, k and v as one multiplication: stored alike, as they are; stored differently, in float32."""
+    """q, k and v as one multiplication: stored alike, as they are; stored differently, as few as there can be."""
     rng = np.random.default_rng(6)
     x, sizes = normal(rng, 7, 33), (5, 30, 17)
     biases = [normal(rng, n, dtype=d) for n, d in zip(sizes, WEIGHT_DTYPES, strict=True)]
     bias = np.concatenate([b.astype(np.float64) for b in biases])
-    for dtypes in (WEIGHT_DTYPES, (BFLOAT16,) * 3, (FLOAT16,) * 3, (FLOAT16, BFLOAT16, FLOAT16)):
+    cases = {
+        WEIGHT_DTYPES: [5, 30, 17], (BFLOAT16,) * 3: [52], (FLOAT16, BFLOAT16, FLOAT16): [5, 30, 17],
+        (BFLOAT16, BFLOAT16, FLOAT32): [35, 17], (FLOAT32, FLOAT16, FLOAT16): [5, 47],
+    }  # fmt: skip
+    for dtypes, shapes in cases.items():
         weights = [normal(rng, n, 33, dtype=d) for n, d in zip(sizes, dtypes, strict=True)]
-        stored = dtypes[0] if len(set(dtypes)) == 1 else FLOAT32
         exact = np.concatenate([exact_matmul(x, w) for w in weights], axis=1)
         for device in devices():
             layer = Linear(weights, biases, device=device)
-            assert layer.weight.dtype == stored and layer.weight.shape == (52, 33)
-            out, limit = layer.forward(x), error_limit(device, stored)
+            assert [weight.shape for weight in layer.matrices] == [(n, 33) for n in shapes]
+            assert len({weight.name for weight in layer.matrices}) == len(shapes)
+            out, limit = layer.forward(x), max(error_limit(device, w.dtype) for w in layer.matrices)
             assert_close(out, exact + bias, limit, (device.description, dtypes))
+            one = Linear(weights, biases, dtype="float32", device=device)
+            assert [(weight.dtype, weight.shape) for weight in one.matrices] == [(FLOAT32, (52, 33))]
 
 
 def test_float32_widens_once() -> None:
@@ -191,7 +197,7 @@ def test_float32_widens_once() -> None:
     x, weight = normal(rng, 7, 31), normal(rng, 33, 31, dtype=BFLOAT16)
     for device in devices():
         widened = Linear([weight], dtype="float32", device=device)
-        assert widened.weight.dtype == FLOAT32
+        assert widened.matrices[0].dtype == FLOAT32
         same = Linear([weight.astype(np.float32)], device=device).forward(x)
         assert_same_bits(widened.forward(x), same, device.description)
 

@@ -140,7 +140,7 @@ def test_every_shape_as_misaligned_views(name: str) -> None:
         for device in devices():
             layer, bench = Linear([weight], dtype=name, device=device), Bench(device, rows=7)
             out = bench.output(outputs)
-            bench.record(matmul, x=bench.view(x), weight=layer.weight, bias=None, out=out)
+            bench.record(matmul, x=bench.view(x), weight=layer.matrices[0], bias=None, out=out)
             bench.run()
             assert_close(bench.result(out), exact, LIMIT, (device.description, outputs, inputs))
 
@@ -180,10 +180,26 @@ def test_any_quants(rows: int, outputs: int, inputs: int, dtype: np.dtype, group
     exact, scale = product(x, matrix), np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(matrix[:], axis=1)
     for device in devices():
         layer = Linear([matrix], device=device)
-        assert (layer.weight.dtype, layer.weight.group) == (dtype, group)
+        assert (layer.matrices[0].dtype, layer.matrices[0].group) == (dtype, group)
         out = layer.forward(x)
         assert np.abs(out - exact).max(initial=0.0) <= 1e-5 * scale.max(initial=0.0), device.description
-        assert np.array_equal(device.download(layer.weight)[:outputs], matrix[:]), device.description
+        assert np.array_equal(device.download(layer.matrices[0])[:outputs], matrix[:]), device.description
+
+
+def test_stacked_parts_of_several_formats() -> None:
+    """q and k in one, v in another, as GGUF files have them: two products that write into one output."""
+    rng = np.random.default_rng(11)
+    x, sizes = normal(rng, 7, 256), (40, 20, 33)
+    formats = (UINT4, 32), (UINT4, 32), (INT8, 16)
+    matrices = [random_quants(rng, dtype, n, 256, group) for n, (dtype, group) in zip(sizes, formats, strict=True)]
+    biases = [normal(rng, n) for n in sizes]
+    exact = np.concatenate([product(x, matrix) for matrix in matrices], axis=1) + np.concatenate(biases)
+    for device in devices():
+        layer = Linear(matrices, biases, device=device)
+        assert [weight.shape for weight in layer.matrices] == [(60, 256), (33, 256)]
+        assert_close(layer.forward(x), exact, LIMIT, device.description)
+        (one,) = Linear(matrices, dtype="int8", device=device).matrices
+        assert (one.dtype, one.group) == (INT8, 64)
 
 
 @pytest.mark.parametrize("dtype", [INT8, INT4, UINT8, UINT4])

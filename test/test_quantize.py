@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine import LLM, RillError
+from engine.abi import BFLOAT16, INT4
 from engine.files.checkpoint import Checkpoint
 from tools import quantize
 
@@ -34,7 +35,7 @@ def test_a_copy_has_the_bits_of_quantising_at_load(dtype: str, tiny: Path, tmp_p
 
 
 def test_parts_that_are_fused_and_stored_differently(tiny: Path, tmp_path: Path) -> None:
-    """q in 4 bits, k and v as they were: they meet in float32."""
+    """q in 4 bits, k and v as they were: two matrices."""
     assert quantize.main([str(tiny), str(tmp_path / "small"), "--dtype", "int4"]) == 0
     file, plain = tmp_path / "small" / "model.safetensors", load_file(tiny / "model.safetensors")
     names = [f"model.layers.0.self_attn.{p}_proj.weight" for p in "kv"]
@@ -42,7 +43,8 @@ def test_parts_that_are_fused_and_stored_differently(tiny: Path, tmp_path: Path)
     save_file(tensors | {name: plain[name] for name in names}, file)
     small = tmp_path / "small"
     with LLM(small, max_seq_len=32) as cpu, LLM(small, max_seq_len=32, device="numpy") as oracle:
-        assert cpu.runner.weights[1].group == 0
+        q, kv = cpu.runner.model.blocks[0].attention.qkv.matrices
+        assert (q.dtype, kv.dtype, kv.group) == (INT4, BFLOAT16, 0)
         assert np.abs(cpu.logits(IDS) - oracle.logits(IDS)).std() < 0.1 * oracle.logits(IDS).std()
 
 

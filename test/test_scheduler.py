@@ -198,7 +198,7 @@ def test_verify_sees_a_single_wrong_weight(tiny: Path) -> None:
     assert verify(str(tiny), [1, 2, 3], 1).passed
     small: dict[str, Any] = {"max_seq_len": 64, "max_batch": 1}
     with LLM(tiny, **small) as llm, LLM(tiny, device="numpy", **small) as oracle:
-        weight = llm.runner.model.blocks[1].mlp.down.weight
+        weight = llm.runner.model.blocks[1].mlp.down.matrices[0]
         weight.storage.view(np.uint16)[7] ^= 0x8000
         comparison = Comparison(llm.runner, oracle.runner)
         comparison.run([1, 2, 3], 0)

@@ -143,7 +143,7 @@ def rill_product(device: Any, case: Product) -> Timed:
     x = Tensor((case.rows, case.inputs), FLOAT32, "x", plan, step.tensors["rows"])
     device.upload(x, rng.standard_normal(x.shape, np.float32))
     plan.keep(layer.record(x))
-    device.load([layer.weight])
+    device.load([layer.matrices[0]])
     plan.lower()
     step.set_rows([0] * case.rows, [0] * case.rows, [0] * case.rows)
     return rill_seconds(plan, 0)

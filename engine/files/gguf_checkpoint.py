@@ -123,8 +123,8 @@ class BlockTensor:
 class GGUFCheckpoint(Checkpoint):
     """The tensors of a GGUF file, by their Hugging Face names.
 
-    dtype: of the model; "auto" keeps quantised matrices so, and where parts that are fused differ decodes them into
-    bfloat16; anything else decodes into float32, which is exact. pairs_of: the head_dim where the file's rows of q and
+    dtype: of the model; "auto" keeps quantised matrices so (where ranks cut them within a group, as bfloat16); anything
+    else decodes into float32, which is exact. pairs_of: the head_dim where the file's rows of q and
     k are stored in pairs (Llama's are), else 0.
     """
 

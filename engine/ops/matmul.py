@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 
 from engine.device import Device
-from engine.layer import Layer, Source, matrix, vector
+from engine.layer import Layer, Source, Weight, matrix, stored_alike, vector
 from engine.plan import Tensor, op
 from engine.quantised import round_inputs
 
@@ -31,9 +32,9 @@ def matmul(x: np.ndarray, weight: np.ndarray, out: np.ndarray, bias: np.ndarray 
 class Linear(Layer):
     """x · weightᵀ + bias.
 
-    weights: one or several [outputs, inputs], stacked into one matrix, so that q, k and v are one multiplication;
-    biases: as many [outputs]. dtype: "auto" keeps the stored one, "float32" widens, "int8" and "int4" quantise.
-    forward: x [rows, inputs] -> [rows, all outputs].
+    weights: one or several [outputs, inputs], stacked into one matrix, so that q, k and v are one multiplication, or
+    into as few as there can be where neighbours are stored differently; biases: as many [outputs]. dtype: "auto" keeps
+    the stored one, "float32" widens, "int8" and "int4" quantise. forward: x [rows, inputs] -> [rows, all outputs].
 
     Arithmetic, the same for one row and many: sums in float32, in order of the inputs. bf16 weights take inputs
     rounded to bf16 where the CPU has the bf16 dot instruction (isa avx512_bf16), float32 inputs elsewhere; quantised
@@ -49,15 +50,26 @@ class Linear(Layer):
         device: Device | None = None,
     ) -> None:
         super().__init__(name, device)
-        self.weight = matrix(f"{self.name}.weight", weights, dtype)
-        self.bias = vector(f"{self.name}.bias", *biases) if biases else None
-        outputs = self.weight.shape[0]
-        self.check(self.bias is None or self.bias.width == outputs, f"biases do not match {outputs} outputs")
+        outputs = [source.shape[0] for source in weights]
+        matching = not biases or [source.shape[0] for source in biases] == outputs
+        self.check(matching, f"biases do not match {sum(outputs)} outputs")
+        self.matrices: list[Weight] = []
+        self.biases: list[Weight] = []
+        for run in stored_alike(weights, dtype):
+            part = f"[{sum(outputs[: run.start])}:{sum(outputs[: run.stop])}]" if len(run) < len(weights) else ""
+            self.matrices.append(matrix(f"{self.name}.weight{part}", weights[run.start : run.stop], dtype))
+            if biases:
+                self.biases.append(vector(f"{self.name}.bias{part}", *biases[run.start : run.stop]))
 
     def record(self, x: Tensor) -> Tensor:
-        outputs, inputs = self.weight.shape
+        inputs = self.matrices[0].width
         self.check(x.width == inputs, f"input width {x.width}, expected {inputs}")
         plan = self.plan_of(x)
-        out = plan.new(outputs, x, f"{self.name}.out")
-        plan.record(matmul, self.name, x=x, weight=self.weight, bias=self.bias, out=out)
+        out = plan.new(sum(weight.shape[0] for weight in self.matrices), x, f"{self.name}.out")
+        start = 0
+        for weight, bias in zip_longest(self.matrices, self.biases):
+            stop = start + weight.shape[0]
+            part = out if len(self.matrices) == 1 else out.columns(start, stop)
+            plan.record(matmul, self.name, x=x, weight=weight, bias=bias, out=part)
+            start = stop
         return out
