@@ -124,8 +124,8 @@ class GGUFCheckpoint(Checkpoint):
     """The tensors of a GGUF file, by their Hugging Face names.
 
     dtype: of the model; "auto" keeps quantised matrices so (where ranks cut them within a group, as bfloat16); anything
-    else decodes into float32, which is exact. pairs_of: the head_dim where the file's rows of q and
-    k are stored in pairs (Llama's are), else 0.
+    else decodes into float32, which is exact. pairs_of: the head_dim where the file's rows of q and k are stored in
+    pairs (Llama's are), else 0.
     """
 
     def __init__(self, file: GGUFFile, dtype: str, pairs_of: int) -> None:
