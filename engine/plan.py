@@ -139,6 +139,14 @@ class Plan:
         else:
             profile.replay(self.program, first, last)
 
+    def users(self) -> dict[Tensor, list[int]]:
+        """The nodes that read or write a tensor or views of it, by the tensor whose storage it is."""
+        users: dict[Tensor, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            for owner in dict.fromkeys(tensor.owner for tensor in node.tensors.values()):
+                users.setdefault(owner, []).append(i)
+        return users
+
     def share_buffers(self) -> list[list[Tensor]]:
         """Groups the activations without storage into buffers: two share one if they are never needed together."""
         last_use = {t.owner: i for i, node in enumerate(self.nodes) for t in node.tensors.values()}

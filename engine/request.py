@@ -111,12 +111,15 @@ class Request:
         """What this request wants of its next tokens, which stand in the step from `first_row` on."""
         for row, position in enumerate(range(self.computed, self.computed + len(tokens)), first_row):
             if self.want_logits:
-                yield Want(row, lambda entry: self._fill(entry, 0), partial(self._guard, self._accept_logits), True)
+                yield Want(row, lambda entry: self._fill(entry, 0), partial(self._guard, self._accept_logits),
+                           keep_logits=True)  # fmt: skip
             elif position + 1 == len(self.tokens):
-                yield Want(row, self._fill, partial(self._guard, self._accept_token))
+                accept = partial(self._guard, self._accept_token)
+                yield Want(row, self._fill, accept, keep_logprobs=self.params.logprobs is not None)
             elif self.needs_every_row and position + 1 < len(self.prompt):
                 prepare = partial(self._fill, target=self.prompt[position + 1])
-                yield Want(row, prepare, partial(self._guard, self._accept_prompt_logprob))
+                accept = partial(self._guard, self._accept_prompt_logprob)
+                yield Want(row, prepare, accept, keep_logprobs=True)
 
     def _guard(self, accept: Callable[[Sampled], None], sampled: Sampled) -> None:
         """Whatever goes wrong with one request's result is its own: the others in the step go on."""
@@ -200,5 +203,7 @@ class Request:
 
 
 def alternatives(sampled: Sampled) -> TokenLogprob:
-    pairs = zip(sampled.top_token.tolist(), sampled.top_logprob.tolist(), strict=True)
-    return TokenLogprob(sampled.token, sampled.logprob, {token: logprob for token, logprob in pairs if token >= 0})
+    kept = sampled.logprobs
+    assert kept is not None
+    pairs = zip(kept.top_token.tolist(), kept.top_logprob.tolist(), strict=True)
+    return TokenLogprob(sampled.token, kept.own, {token: logprob for token, logprob in pairs if token >= 0})

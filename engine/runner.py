@@ -23,7 +23,7 @@ from engine.plan import Plan, Tensor, label_of
 from engine.ranks.comm import CLOSE, SEARCH, STEP, Comm
 from engine.ranks.segments import Segments
 from engine.ranks.split import ALL_LAYERS, WHOLE
-from engine.step import LOGIT_ROWS, Sampled, Segment, Step, Want, pieces
+from engine.step import LOGIT_ROWS, Logprobs, Sampled, Segment, Step, Want, pieces
 
 MAX_ROWS = 512  # of a step: a prompt takes one pass over the weights for so many tokens
 IN_FLIGHT = 4  # for each stage, the pieces of a prompt that are begun before the first one is done
@@ -302,10 +302,13 @@ class Runner:
     def _collect(self, wants: Sequence[Want]) -> list[Sampled]:
         if not wants:
             return []
-        token, logprob, top_token, top_logprob = (self.device.download(tensor) for tensor in self.sampled)
-        logits = self.device.download(self.logits) if any(want.keep_logits for want in wants) else None
+        download = self.device.download
+        token = download(self.sampled.token)
+        likely = [download(tensor) for tensor in self.sampled[1:]] if any(want.keep_logprobs for want in wants) else []
+        logits = download(self.logits) if any(want.keep_logits for want in wants) else None
         return [
-            Sampled(int(token.flat[i]), float(logprob.flat[i]), top_token[i], top_logprob[i],
+            Sampled(int(token.flat[i]),
+                    Logprobs(float(likely[0].flat[i]), likely[1][i], likely[2][i]) if want.keep_logprobs else None,
                     logits[i].copy() if logits is not None and want.keep_logits else None)
             for i, want in enumerate(wants)
         ]  # fmt: skip

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.device import Cancelled, NotFiniteError
 from engine.errors import RillError
@@ -18,8 +18,7 @@ from engine.step import Segment
 SMALLEST_BUDGET = 16  # rows of a step after it has been stopped again and again
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What a request has in a step: its next tokens, which stand in the step from `first_row` on."""
 
     request: Request
@@ -173,7 +172,8 @@ class Scheduler:
     def _drop_cancelled(self) -> None:
         with self.changed:
             gone = [r for r in self.waiting if self._is_leaving(r)]
-            self.waiting = deque(r for r in self.waiting if r not in gone)
+            if gone:
+                self.waiting = deque(r for r in self.waiting if r not in gone)
         for request in gone:
             self._end(request)
         self._release([r for r in self.running if self._is_leaving(r)])

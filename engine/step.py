@@ -7,8 +7,7 @@ decode (one row) and batched decode (one row of each of many) are the same thing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,7 @@ from engine.plan import Plan, Tensor
 LOGIT_ROWS = int(constants.LOGIT_ROWS)
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive tokens of one sequence, to be put through the model in a step."""
 
     slot: int
@@ -28,26 +26,31 @@ class Segment:
     tokens: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Want:
+class Want(NamedTuple):
     """Logits wanted of one row of a step. `prepare` fills the row's entry of step.arrays["sampling"]; `accept` gets
     what came of it once the whole step has happened."""
 
     row: int
     prepare: Callable[[Any], None]
     accept: Callable[[Sampled], None]
+    keep_logprobs: bool = False
     keep_logits: bool = False
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """A row's token, its log probability and the likeliest alternatives; its logits where they are kept."""
+class Sampled(NamedTuple):
+    """What a row came to: its token and, where they are kept, logprobs and logits."""
 
     token: int
-    logprob: float
+    logprobs: Logprobs | None = None
+    logits: np.ndarray | None = None
+
+
+class Logprobs(NamedTuple):
+    """The log probability of a row's token, and the likeliest alternatives."""
+
+    own: float
     top_token: np.ndarray
     top_logprob: np.ndarray
-    logits: np.ndarray | None
 
 
 def pieces(segments: Sequence[Segment], most: int) -> Iterator[list[Segment]]:
@@ -77,6 +80,10 @@ class History:
 
     def write(self, slot: int, position: int, tokens: Sequence[int]) -> None:
         """Notes tokens of a slot's sequence from a position on."""
+        if len(tokens) == 1:  # of every step
+            place = position % self.reach
+            self.slots[slot, place] = self.slots[slot, place + self.reach] = tokens[0]
+            return
         last = tokens[-self.reach :]
         at = np.arange(position + len(tokens) - len(last), position + len(tokens)) % self.reach
         self.slots[slot, at] = self.slots[slot, at + self.reach] = last

@@ -38,10 +38,13 @@ struct control {
 
 struct worker;
 
-/* work: what the node has to do now, in bytes that it reads; four floating-point operations, which take about as long,
+/* run_with_next: NULL, or what does this node and the next one at once, where both are to run. Nobody reads what comes
+ * between them.
+ * work: what the node has to do now, in bytes that it reads; four floating-point operations, which take about as long,
  * count as one. NULL where it has little to do, or every thread is to take part whatever there is to do. */
 struct node {
     void (*run)(const void *op, struct worker *me);
+    void (*run_with_next)(const void *op, const void *next, struct worker *me);
     int64_t (*work)(const void *op);
     const void *op;
 };
@@ -190,6 +193,10 @@ struct swiglu {
     int32_t x_stride, out_width, out_stride;
 };
 void swiglu(const struct swiglu *op, struct worker *me);
+
+/* Both at once, of a matmul whose output is gate and up: in steps of many rows, that is not written. */
+void matmul_swiglu(const struct matmul *op, const struct swiglu *next, struct worker *me);
+int64_t matmul_swiglu_scratch(const struct matmul *op, int32_t threads, int32_t max_rows);
 
 /* What the ranks of one machine share. */
 struct meeting {

@@ -3,13 +3,14 @@
  * those that another has not come to. */
 #include "amx.h"
 #include "quantised.h"
+#include "swiglu.h"
 #include "tile.h"
 
 enum {
     COLUMNS = LANES == 16 ? 2 : 1,                    /* panels of a tile when there are many rows */
     TILE_ROWS = ACCUMULATORS / (COLUMNS * VECTORS),   /* 12, 6, 3 */
     SINGLE_COLUMNS = LANES == 8 ? 2 : 1,              /* panels of a single row: with one, sums would wait for each other */
-    HANDFUL = 32 << 10                                /* bytes of weights to take at a time for few rows: some 3 µs */
+    GATED_ROWS = 16                                   /* rows that make gating at once worth while */
 };
 
 /* Floats of packed x per row: one for each input, or one for each pair of bf16. */
@@ -133,21 +134,28 @@ static panel_kernel *const rows_of[] = {[LINE_F32] = rows_f32, [LINE_F16] = rows
 static panel_kernel *const tile_of[] = {[LINE_F32] = tile_f32, [LINE_F16] = tile_f16, [LINE_BF16] = tile_bf16};
 static panel_kernel *const single_of[] = {[LINE_F32] = single_f32, [LINE_F16] = single_f16, [LINE_BF16] = single_bf16};
 
+static struct panel_kernels kernels_of(enum line kind)
+{
+    return (struct panel_kernels){tile_of[kind], rows_of[kind], single_of[kind], TILE_ROWS, COLUMNS, SINGLE_COLUMNS};
+}
+
+static void multiply_plain(const struct product *p, const void *packed, struct range panels, struct worker *me)
+{
+    struct panel_kernels k = kernels_of(line_of(p->dtype));
+    (void)me;
+    multiply_panels(p, packed, &k, panels);
+}
+
 /* Many rows: each panel becomes f32, in the order of the sums that there would be otherwise. */
-static void multiply_widened(const struct product *p, struct worker *me)
+static void multiply_widened(const struct product *p, const void *packed, struct range panels, struct worker *me)
 {
     struct product wide = *p;
-    char *packed = me->team->scratch;
-    float *own = (float *)(packed + round_up(p->k * p->rows * 4, 64)) + me->index * p->k * PANEL;
+    float *own = (float *)((char *)packed + round_up(p->k * p->rows * 4, 64)) + me->index * p->k * PANEL;
     wide.dtype = DTYPE_F32;
     wide.weight = (const char *)own;
-    pack_x(&wide, me, (float *)packed);
-    share_out(me);
-    if (!team_wait(me))
-        return;
-    for (struct range panels; take_next(me, panels_of(p), 1, &panels);) {
-        int64_t column = panels.begin * PANEL;
-        const char *line = p->weight + panels.begin * panel_bytes(p->dtype, p->k);
+    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+        int64_t column = panel * PANEL;
+        const char *line = p->weight + panel * panel_bytes(p->dtype, p->k);
         float *to = own;
         for (int64_t i = 0; i < p->k; i++, line += line_bytes(LINE_F16))
             to = widen_line(line, to, LINE_F16);
@@ -179,17 +187,20 @@ static void amx_pack_x(const struct product *p, struct worker *me, char *packed)
     }
 }
 
-/* out[all rows][of `panels` panels]. The last ones, and those with a bias, go through a buffer. */
-static void amx_multiply(const struct product *p, const char *packed, float *buffer, int64_t panel, int64_t panels)
+/* All rows of up to PANELS panels. The last ones, and those with a bias, go through a buffer. */
+static void amx_multiply(const struct product *p, const void *packed, struct range panels, struct worker *me)
 {
-    int64_t bytes = panel_bytes(p->dtype, p->k), column = panel * PANEL, width = min_i64(panels * PANEL, p->out_width - column);
-    const char *weight = p->weight + panel * bytes;
-    bool direct = !p->bias && width == panels * PANEL;
-    struct amx_product product = {.a = packed, .a_row = 64, .a_step = 1024, .a_block = amx_block_bytes(p->k), .b = &weight,
+    int64_t blocks = round_up(p->rows, BLOCK) / BLOCK, block_bytes = amx_block_bytes(p->k);
+    float *buffer = (float *)((char *)packed + blocks * block_bytes) + me->index * blocks * BLOCK * PANELS * PANEL;
+    int64_t count = panels.end - panels.begin, column = panels.begin * PANEL, bytes = panel_bytes(p->dtype, p->k);
+    int64_t width = min_i64(count * PANEL, p->out_width - column);
+    const char *weight = p->weight + panels.begin * bytes;
+    bool direct = !p->bias && width == count * PANEL;
+    struct amx_product product = {.a = packed, .a_row = 64, .a_step = 1024, .a_block = block_bytes, .b = &weight,
                                   .pieces = 1, .depth = (p->k + 1) / 2, .b_step = 64, .b_column = bytes,
                                   .c = direct ? p->out + column : buffer,
                                   .c_row = direct ? p->out_stride : PANELS * PANEL};
-    amx_product(&product, p->rows, panels);
+    amx_product(&product, p->rows, count);
     if (direct)
         return;
     for (int64_t r = 0; r < p->rows; r++)
@@ -207,79 +218,57 @@ static int64_t amx_scratch(int64_t k, int64_t rows, int32_t threads)
     return blocks * amx_block_bytes(k) + threads * blocks * BLOCK * PANELS * PANEL * 4;
 }
 
-static void multiply_by_tiles(const struct product *p, struct worker *me)
-{
-    int64_t blocks = round_up(p->rows, BLOCK) / BLOCK;
-    char *packed = me->team->scratch;
-    float *buffer = (float *)(packed + blocks * amx_block_bytes(p->k)) + me->index * blocks * BLOCK * PANELS * PANEL;
-    amx_pack_x(p, me, packed);
-    share_out(me);
-    if (!team_wait(me))
-        return;
-    int64_t together = p->rows == 1 ? 1 : PANELS; /* one row waits for memory: one straight stream */
-    for (struct range panels; take_next(me, panels_of(p), together, &panels);)
-        amx_multiply(p, packed, buffer, panels.begin, panels.end - panels.begin);
-}
 #endif
-
-int64_t handful(const struct product *p, const struct panel_kernels *k, int64_t bytes)
-{
-    if (p->rows > k->tile_rows)
-        return k->columns;
-    return max_i64(k->single_columns, round_up(HANDFUL / max_i64(1, bytes), k->single_columns));
-}
-
-void multiply_panels(const struct product *p, const void *packed, const struct panel_kernels *k, struct range panels)
-{
-    int64_t panel = panels.begin, tiled = p->rows / k->tile_rows * k->tile_rows;
-    if (k->single_columns > 1 && p->rows == 1)
-        for (; panel + k->single_columns <= panels.end; panel += k->single_columns)
-            k->single(p, packed, 0, panel);
-    if (k->columns > 1 && p->rows > k->tile_rows)
-        for (; panel + k->columns <= panels.end; panel += k->columns) {
-            for (int64_t first = 0; first < tiled; first += k->tile_rows)
-                k->tile(p, packed, first, panel);
-            for (int64_t c = 0; c < k->columns && tiled < p->rows; c++)
-                k->rest(p, packed, tiled, panel + c);
-        }
-    for (; panel < panels.end; panel++)
-        for (int64_t first = 0; first < p->rows; first += k->tile_rows)
-            k->rest(p, packed, first, panel);
-}
 
 static void multiply(const struct product *p, struct worker *me)
 {
+    void *packed = me->team->scratch;
+    int64_t bytes = panel_bytes(p->dtype, p->k);
     if (is_quantised(p->dtype)) {
         multiply_quantised(p, me);
         return;
     }
 #ifdef __AMX_BF16__
     if (p->dtype == DTYPE_BF16) {
-        multiply_by_tiles(p, me);
+        /* One row waits for memory: one straight stream. */
+        struct shared_panels shared = {amx_multiply, p->rows == 1 ? 1 : PANELS, bytes};
+        amx_pack_x(p, me, packed);
+        share_panels(p, packed, &shared, me);
         return;
     }
 #endif
-    if (widens_once(p->dtype) && p->rows > TILE_ROWS) {
-        multiply_widened(p, me);
-        return;
-    }
-    enum line kind = line_of(p->dtype);
-    struct panel_kernels k = {tile_of[kind], rows_of[kind], single_of[kind], TILE_ROWS, COLUMNS, SINGLE_COLUMNS};
-    pack_x(p, me, (float *)me->team->scratch);
-    share_out(me);
-    if (!team_wait(me))
-        return;
-    int64_t together = handful(p, &k, panel_bytes(p->dtype, p->k));
-    for (struct range panels; take_next(me, panels_of(p), together, &panels);)
-        multiply_panels(p, me->team->scratch, &k, panels);
+    struct panel_kernels k = kernels_of(line_of(p->dtype));
+    bool widens = widens_once(p->dtype) && p->rows > TILE_ROWS;
+    struct shared_panels shared = {widens ? multiply_widened : multiply_plain, handful(p, &k, bytes), bytes};
+    pack_x(p, me, packed);
+    share_panels(p, packed, &shared, me);
+}
+
+static struct product product_of(const struct matmul *op)
+{
+    return (struct product){.x = op->x, .weight = op->weight, .bias = op->bias, .out = op->out, .rows = *op->rows,
+                            .k = op->x_width, .x_stride = op->x_stride, .out_width = op->out_width,
+                            .out_stride = op->out_stride, .dtype = op->weight_dtype, .group = op->weight_group};
 }
 
 void matmul(const struct matmul *op, struct worker *me)
 {
-    struct product p = {.x = op->x, .weight = op->weight, .bias = op->bias, .out = op->out, .rows = *op->rows,
-                        .k = op->x_width, .x_stride = op->x_stride, .out_width = op->out_width,
-                        .out_stride = op->out_stride, .dtype = op->weight_dtype, .group = op->weight_group};
+    struct product p = product_of(op);
     multiply(&p, me);
+}
+
+void matmul_swiglu(const struct matmul *op, const struct swiglu *next, struct worker *me)
+{
+    struct product p = product_of(op);
+    if (p.rows >= GATED_ROWS) {
+        p.gated = next;
+        p.gates = (char *)me->team->scratch + matmul_scratch(op, me->team->threads, *op->rows);
+        multiply(&p, me);
+        return;
+    }
+    multiply(&p, me);
+    if (team_wait(me))
+        swiglu(next, me);
 }
 
 /* Few rows wait for the weights, many multiply. */
@@ -296,7 +285,12 @@ int64_t matmul_work(const struct matmul *op)
 
 int64_t matmul_scratch(const struct matmul *op, int32_t threads, int32_t max_rows)
 {
-    return scratch_bytes(op->weight_dtype, op->weight_group, op->x_width, max_rows, threads);
+    return round_up(scratch_bytes(op->weight_dtype, op->weight_group, op->x_width, max_rows, threads), 64);
+}
+
+int64_t matmul_swiglu_scratch(const struct matmul *op, int32_t threads, int32_t max_rows)
+{
+    return matmul_scratch(op, threads, max_rows) + threads * gates_bytes(max_rows);
 }
 
 void logits(const struct logits *op, struct worker *me)

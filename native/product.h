@@ -12,6 +12,8 @@ struct product {
     float *out;
     int64_t rows, k, x_stride, out_width, out_stride;
     int32_t dtype, group;     /* group: of a quantised matrix */
+    const struct swiglu *gated; /* NULL; or outputs are gates and then as many that they gate, and this is made of them */
+    char *gates;                /* then of each thread, gates_bytes, in place of out */
 };
 
 static inline int64_t panels_of(const struct product *p) { return round_up(p->out_width, PANEL) / PANEL; }
@@ -34,5 +36,15 @@ void multiply_panels(const struct product *p, const void *packed, const struct p
 
 /* How many panels of so many bytes a thread takes at a time. */
 int64_t handful(const struct product *p, const struct panel_kernels *k, int64_t bytes);
+
+/* multiply: one thread's work on all rows of some panels; together: how many it takes at a time; bytes: of a panel. */
+struct shared_panels {
+    void (*multiply)(const struct product *p, const void *packed, struct range panels, struct worker *me);
+    int64_t together, bytes;
+};
+
+/* Once this thread has packed its rows of x: waits for the others, and takes panels until there are none. */
+void share_panels(const struct product *p, const void *packed, const struct shared_panels *shared, struct worker *me);
+int64_t gates_bytes(int64_t rows);
 
 #endif

@@ -224,17 +224,24 @@ static panel_kernel *const rows_of[] = {
 static panel_kernel *const tile_of[] = {
     [DTYPE_I8] = tile_i8, [DTYPE_I4] = tile_i4, [DTYPE_U8] = tile_u8, [DTYPE_U4] = tile_u4};
 
+static struct panel_kernels kernels_of(int32_t dtype)
+{
+    return (struct panel_kernels){tile_of[dtype], rows_of[dtype], rows_of[dtype], TILE_ROWS, COLUMNS, 1};
+}
+
+static void multiply_some(const struct product *p, const void *packed, struct range panels, struct worker *me)
+{
+    struct panel_kernels k = kernels_of(p->dtype);
+    panels.begin = multiply_quantised_tiles(p, packed, panels, me);
+    multiply_panels(p, packed, &k, panels);
+}
+
 void multiply_quantised(const struct product *p, struct worker *me)
 {
-    int32_t *packed = (int32_t *)me->team->scratch;
-    struct panel_kernels k = {tile_of[p->dtype], rows_of[p->dtype], rows_of[p->dtype], TILE_ROWS, COLUMNS, 1};
+    struct panel_kernels k = kernels_of(p->dtype);
+    int64_t bytes = quantised_panel_bytes(p->dtype, p->group, p->k);
+    struct shared_panels shared = {multiply_some, handful(p, &k, bytes), bytes};
+    void *packed = me->team->scratch;
     round_inputs(p, me, packed);
-    share_out(me);
-    if (!team_wait(me))
-        return;
-    int64_t together = handful(p, &k, quantised_panel_bytes(p->dtype, p->group, p->k));
-    for (struct range panels; take_next(me, panels_of(p), together, &panels);) {
-        panels.begin = multiply_quantised_tiles(p, packed, panels, me);
-        multiply_panels(p, packed, &k, panels);
-    }
+    share_panels(p, packed, &shared, me);
 }

@@ -1,4 +1,4 @@
-#include "exponentials.h"
+#include "swiglu.h"
 
 void swiglu(const struct swiglu *op, struct worker *me)
 {
@@ -10,9 +10,6 @@ void swiglu(const struct swiglu *op, struct worker *me)
         int64_t row = i / pieces, column = i % pieces * LANES, left = width - column;
         const float *x = op->x + row * op->x_stride + column;
         vec gate = vec_load_upto(x, left), up = vec_load_upto(x + width, left);
-        /* silu(x) = x / (1 + e^-x); e^-x is kept below the overflow of floats. */
-        vec e = vec_exp(vec_sub(vec_set(0.0f), vec_max(vec_set(-87.0f), gate)));
-        vec silu = vec_div(gate, vec_add(vec_set(1.0f), e));
-        vec_store_upto(op->out + row * op->out_stride + column, vec_mul(silu, up), left);
+        vec_store_upto(op->out + row * op->out_stride + column, swiglu_of(gate, up), left);
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from engine.plan import Node, Plan
 
 
+PANEL = int(abi.constants.PANEL)
+
+
 class NativeProgram(Program):
     """The addresses of functions and argument structs, in order, and the scratch memory they share."""
 
@@ -26,10 +30,13 @@ class NativeProgram(Program):
         own = [(i, node) for i, node in enumerate(plan.nodes) if not node.op.collective]
         self.structs = [abi.fill_struct(node, device.pointer) for _, node in own]  # keeps them alive
         self.nodes = ffi.new("struct node[]", max(1, len(plan.nodes)))
-        scratch = 1
+        gated, scratch = find_gated(plan), 1
         for (i, node), struct in zip(own, self.structs, strict=True):
             self._bind(i, node, struct)
-            if measure := getattr(library, f"{node.op.name}_scratch", None):
+            name = "matmul_swiglu" if i in gated else node.op.name
+            if i in gated:
+                self.nodes[i].run_with_next = function(library, name, "run_with_next")
+            if measure := getattr(library, f"{name}_scratch", None):
                 rows = max((t.shape[0] for t in node.tensors.values() if t.rows is node.rows), default=1)
                 scratch = max(scratch, measure(struct, device.threads, rows))
         self.scratch = huge_pages.reserve(scratch)
@@ -60,6 +67,18 @@ class NativeProgram(Program):
                                          self.scratch_pointer, filled)  # fmt: skip
         if status:
             raise failure(status, device.control.detail)
+
+
+def find_gated(plan: Plan) -> set[int]:
+    """The products that are gate and up of a swiglu that comes next, whole panels of each, and of nothing else."""
+    users, found = plan.users(), set()
+    for i, (node, after) in enumerate(pairwise(plan.nodes)):
+        if (node.op.name, after.op.name) == ("matmul", "swiglu"):
+            out, gates = node.tensors["out"], after.tensors["out"].width
+            alone = users[out.owner] == [i, i + 1] and out.owner not in plan.kept
+            if alone and after.tensors["x"] is out and gates % PANEL == 0:
+                found.add(i)
+    return found
 
 
 def function(library: Any, name: str, field: str) -> Any:

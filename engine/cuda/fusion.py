@@ -61,10 +61,7 @@ def find_groups(plan: Plan, structs: Sequence[Any], address: Callable[[Tensor], 
 class _Finder:
     def __init__(self, plan: Plan, structs: Sequence[Any], address: Callable[[Tensor], int]) -> None:
         self.nodes, self.kept, self.structs, self.address = plan.nodes, plan.kept, structs, address
-        self.users: dict[Tensor, list[int]] = {}  # by owner: the nodes that read or write it
-        for i, node in enumerate(self.nodes):
-            for owner in {tensor.owner for tensor in node.tensors.values()}:
-                self.users.setdefault(owner, []).append(i)
+        self.users = plan.users()
 
     def _at(self, first: int, patterns: Sequence[tuple[str, ...]]) -> list[range]:
         """The nodes of each pattern that begins here; all of a group are for the same rows."""
