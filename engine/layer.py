@@ -93,6 +93,7 @@ def format_in(source: Any) -> Format | None:
 def matrix(name: str, sources: Sequence[Source], dtype: str = "auto") -> Weight:
     """A weight [outputs, inputs] to multiply by. Kept as stored ("auto", for sources that are stored alike), widened
     once ("float32") or quantised (a name that quantised.format_of knows)."""
+    assert len(stored_alike(sources, dtype)) == 1, f"{name}: parts that are stored differently"
     if format := format_of(dtype) or (format_in(sources[0]) if dtype == "auto" else None):
         return Weight(name, sources, format.dtype, "matrix", format.group)
     return Weight(name, sources, stored_dtype(sources[0]) if dtype == "auto" else FLOAT32, "matrix")

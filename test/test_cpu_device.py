@@ -320,7 +320,7 @@ def test_any_stack_of_parts(parts: list[tuple[int, np.dtype]], inputs: int, seed
     arrays = [normal(rng, rows, inputs, dtype=dtype) for rows, dtype in parts]
     whole = np.concatenate([a.astype(np.float32) for a in arrays])
     for device in (*cpu_devices()[::2], isa_pairs()[-1][1]):
-        weight = matrix("w", arrays)
+        weight = matrix("w", arrays, "float32")
         device.load([weight])
         assert (np.asarray(device.download(weight)[0 : len(whole)]) == whole).all(), device.description
 
