@@ -15,6 +15,7 @@ from harness import gpu_devices
 from test_ranks import FAILING_REQUESTS, ROOT, WORKER, Run, alone, assert_near_tie, finish, start
 from test_stages import CASES
 
+from demo.methods import Method
 from engine import LLM, SamplingParams, loading
 from engine.cuda.program import CUDAProgram
 from engine.device import cuda
@@ -125,7 +126,7 @@ def rank(models: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
     driver, peers = RecordingDriver(), Alone()
     monkeypatch.setattr(cuda, "open_driver", lambda place: driver)
     monkeypatch.setattr(loading, "_open_peers", lambda options, comm: peers)
-    with LLM(models[0], device="cuda", dtype="float32") as llm:
+    with LLM(models[0], device="cuda", dtype="float32", max_seq_len=512) as llm:
         llm.generate([5, 6, 7], GREEDY)
         yield SimpleNamespace(llm=llm, driver=driver, peers=peers)
 
@@ -174,6 +175,12 @@ def test_what_is_fused_between_sums(rank: SimpleNamespace) -> None:
     rank.llm.runner.replay(0, len(nodes))
     assert len(rank.driver.launched) == 2 + 9 * rank.llm.config.num_hidden_layers - 1 + 3
     assert program.program.max_recorded > len(program.program.recorded)
+
+
+def test_methods_of_the_benchmark() -> None:
+    found = [Method(name, "flash").device() for name in ("mpi+cuda", "cuda", "mpi", "avx2")]
+    assert found == [{"device": "cuda"}, {"device": "cuda", "tp": 1}, {"device": "cpu", "isa": "baseline"},
+                     {"device": "cpu", "isa": "avx2", "tp": 1}]  # fmt: skip
 
 
 # Failures.
