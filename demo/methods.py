@@ -1,7 +1,7 @@
 """What a benchmark runs: a method, which stands for a device and its ISA, with a kind of attention and threads.
 
-`mpi` is `baseline` on all ranks that mpiexec has started, `mpi+avx2` is `avx2` on them; `auto` takes them, too. Any
-other method is rank 0's alone.
+`mpi` is `baseline` on all ranks that mpiexec has started, `mpi+avx2` is `avx2` and `mpi+cuda` is `cuda` on them; `auto`
+takes them, too. Any other method is rank 0's alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MPI = "mpi"
 class Method:
     """What is asked for; `isa_of` and `LLM.attention` say what came of it."""
 
-    name: str  # "auto", "numpy", "cuda", an ISA, "mpi" or "mpi+" and an ISA
+    name: str  # "auto", "numpy", "cuda", an ISA; "mpi", or "mpi+" and "cuda" or an ISA
     attention: str
     threads: int | None = None
     dtype: str = "auto"
@@ -33,10 +33,14 @@ class Method:
         """LLM's arguments for the name."""
         if self.name == "auto":
             return {"device": "auto"}
-        if self.name in ("numpy", "cuda"):
-            return {"device": self.name, "tp": 1}
-        isa = self.name.removeprefix(MPI).removeprefix("+") or "baseline"
-        return {"device": "cpu", "isa": isa, **({} if self.name.startswith(MPI) else {"tp": 1})}
+        alone = {} if self.name.startswith(MPI) else {"tp": 1}
+        name = bare(self.name)
+        return {"device": name, **alone} if name in ("numpy", "cuda") else {"device": "cpu", "isa": name, **alone}
+
+
+def bare(name: str) -> str:
+    """What a method's name says apart from `mpi`."""
+    return name.removeprefix(MPI).removeprefix("+") or "baseline"
 
 
 def ranks_here() -> int:
@@ -50,7 +54,7 @@ def methods(options: argparse.Namespace) -> list[Method]:
     isas = available_isas()
     known = ["auto", *isas, *(["avx512"] if any(isa.startswith("avx512") for isa in isas) else []), "numpy", "cuda"]
     if ranks_here() > 1:
-        known += [MPI, *(f"{MPI}+{isa}" for isa in known if isa not in ("auto", "numpy", "cuda"))]
+        known += [MPI, *(f"{MPI}+{isa}" for isa in known if isa not in ("auto", "numpy"))]
     for name in options.method:
         if name.startswith(MPI) and ranks_here() == 1:
             raise OptionError(f"--method {name}: there is one rank; mpiexec -n 2 python -m mpi4py -m ... starts two")
@@ -63,7 +67,7 @@ def methods(options: argparse.Namespace) -> list[Method]:
 
 def threads_for(name: str, threads: int | None, options: argparse.Namespace) -> int | None:
     """--rank-threads are those of a rank; one process gets as many as all ranks have."""
-    if name in ("numpy", "cuda"):
+    if bare(name) in ("numpy", "cuda"):
         return None
     if getattr(options, "rank_threads", None) is None:
         return threads

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from engine.attention_choice import AttentionChoice, choose_attention
-from engine.device import Device, Progress, open_device
-from engine.errors import RillError, UsageError
+from engine.device import ALONE, Device, Progress, open_device
+from engine.errors import RillError
 from engine.files.open_model import ModelFiles, open_model
 from engine.ranks.comm import Comm
 from engine.ranks.split import share_ranks
@@ -19,7 +19,6 @@ from engine.runner import Runner
 from engine.version import __version__
 
 T = TypeVar("T")
-RANK_DEVICES = ("auto", "cpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -80,13 +79,11 @@ def _open_peers(options: Options, comm: Comm | None) -> Comm | None:
     tp, pp = share_ranks(options.tp, options.pp, comm.size if comm else 1)
     if comm is None:
         return None
-    if options.device not in RANK_DEVICES:
-        raise UsageError(f"device {options.device!r}: ranks run on {', '.join(RANK_DEVICES)}")
     return open_stages(comm, tp, pp)
 
 
 def _open(options: Options, comm: Comm | None, peers: Comm | None) -> Opened:
-    device = open_device(options.device, isa=options.isa, threads=options.threads, sharing=comm.sharing if comm else 1)
+    device = open_device(options.device, isa=options.isa, threads=options.threads, place=comm.place if comm else ALONE)
     device.adapts = options.threads is None
     if comm and peers:
         shape = f" (tp {peers.size} × pp {peers.stage.count})" if peers.stage.count > 1 else ""

@@ -133,6 +133,7 @@ class Plan:
         if self.program is None:
             raise RillError("the plan has not been lowered")
         last = len(self.nodes) if last is None else last
+        self.program.begin()
         profile = self.profile  # once: another thread may end it
         if profile is None:
             self.program.run(first, last)

@@ -160,7 +160,7 @@ class Runner:
     def _check_memory(self) -> None:
         free = machine.free_memory()
         if free is not None and self.comm:
-            free //= self.comm.local
+            free //= self.comm.place.ranks
         lower = "sink, window" if self.attention.is_endless else "max_seq_len"
         need = self.weight_bytes + self.cache_capacity_bytes + self._activation_bytes()
         if self.device.type in ("cpu", "numpy") and free is not None and need > free:

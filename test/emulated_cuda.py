@@ -33,6 +33,8 @@ class EmulatedDriver:
         self.description = "emulated GPU" + (" backwards" if backwards else "")
         self.memory: dict[int, np.ndarray] = {}
         self.launched: list[Launch] = []  # for tests that ask what a node became
+        self.staged = [np.empty(0, np.uint8)] * 2  # taken in turns
+        self.fetched: list[tuple[np.ndarray, np.ndarray]] = []  # what arrives when it is waited for, and where
 
     def free_memory(self) -> int:
         return 8 << 30
@@ -68,10 +70,17 @@ class EmulatedDriver:
         pass
 
     def staging(self, size: int) -> np.ndarray:
-        return np.empty(size, np.uint8)
+        if self.staged[0].nbytes < size:
+            self.staged = [np.empty(size, np.uint8) for _ in range(2)]
+        self.staged.reverse()
+        return self.staged[0][:size]
 
     def send(self, address: int, data: np.ndarray) -> None:
         self.write(address, data)
+
+    def fetch(self, address: int, into: np.ndarray) -> None:
+        self.fetched.append((self._bytes(address, into.nbytes).copy(), into.reshape(-1).view(np.uint8)))
+        into.reshape(-1).view(np.uint8)[:] = 0xFF
 
     def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
         kernel = abi.ffi.addressof(self.library, f"{launch.kernel}_kernel")
@@ -88,6 +97,9 @@ class EmulatedDriver:
         return launches
 
     def synchronise(self) -> None:
+        for data, into in self.fetched:
+            into[:] = data
+        self.fetched.clear()
         for address, memory in self.memory.copy().items():  # what is collected meanwhile frees its own
             guards = np.concatenate([memory[:GUARD], memory[-GUARD:]])
             assert (guards == GUARD_BYTE).all(), f"a kernel wrote outside the allocation at {address:#x}"
@@ -97,6 +109,34 @@ class EmulatedDriver:
 
     def nanoseconds(self, marks: Sequence[int]) -> list[int]:
         return list(marks)
+
+
+class RecordingDriver(EmulatedDriver):
+    """Records launches as a CUDA graph does: nothing runs while it records, and all of it when it is replayed."""
+
+    records = True
+
+    def __init__(self) -> None:
+        super().__init__(library())
+        self.recording: list[Callable[[], None]] | None = None
+        self.replays = 0
+
+    def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
+        call = super().bind(launch, arguments)
+        return lambda: call() if self.recording is None else self.recording.append(call)
+
+    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
+        calls: list[Callable[[], None]] = []
+        self.recording = calls
+        launches()
+        self.recording = None
+
+        def replay() -> None:
+            self.replays += 1
+            for call in calls:
+                call()
+
+        return replay
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated_cuda import EmulatedDriver, emulated_devices, library
+from emulated_cuda import EmulatedDriver, RecordingDriver, emulated_devices, library
 from harness import normal
 from test_sample import every_request, requests, run
 
 from engine import LLM, SamplingParams, abi
 from engine.cuda import driver as cuda_driver
 from engine.cuda.launches import Launch
-from engine.device import NotFiniteError, TokenError, cuda, open_device
+from engine.device import NotFiniteError, Place, TokenError, cuda, open_device
 from engine.device.cuda import CUDADevice
 from engine.device.numpy import NumPyDevice
 from engine.errors import RillError, UsageError
@@ -68,38 +67,10 @@ def test_weights_are_loaded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (device.download(weight)[np.array([3, 36])] == values[[3, 36]].astype(dtype).astype(np.float32)).all()
 
 
-class RecordingDriver(EmulatedDriver):
-    """Records launches as a CUDA graph does: nothing runs while it records, and all of it when it is replayed."""
-
-    records = True
-
-    def __init__(self) -> None:
-        super().__init__(library())
-        self.recording: list[Callable[[], None]] | None = None
-        self.replays = 0
-
-    def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
-        call = super().bind(launch, arguments)
-        return lambda: call() if self.recording is None else self.recording.append(call)
-
-    def record(self, launches: Callable[[], None]) -> Callable[[], None]:
-        calls: list[Callable[[], None]] = []
-        self.recording = calls
-        launches()
-        self.recording = None
-
-        def replay() -> None:
-            self.replays += 1
-            for call in calls:
-                call()
-
-        return replay
-
-
 @needs_emulation
 def test_a_recorded_step_serves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = RecordingDriver()
-    monkeypatch.setattr(cuda, "open_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "open_driver", lambda place: driver)
     tokens = []
     for device in ("cpu", "cuda"):
         with LLM(TINY, device=device, max_seq_len=64) as llm:
@@ -173,6 +144,15 @@ def test_without_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr(cuda_driver, "prebuilt_kernels", lambda: [tmp_path / "cuda" / "rope.fatbin"])
     with pytest.raises(RillError, match="no kernels for this GPU .sm_75.* CUBINS=75 cuda"):
         open_device("cuda")
+
+
+def test_ranks_take_gpus_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that CUDA lets them see."""
+    use(monkeypatch, fake_cuda(Device=SimpleNamespace(count=lambda: 2)))
+    monkeypatch.setattr(cuda_driver, "PyCUDADriver", lambda cuda, index: SimpleNamespace(description=f"Card {index}"))
+    described = [cuda_driver.open_driver(Place(rank, 3)).description for rank in range(3)]
+    assert described == [f"Card {i}, GPU {i} of 2 by local rank" for i in (0, 1, 0)]
+    assert cuda_driver.open_driver().description == "Card 0"
 
 
 def test_a_context_is_current_once_in_each_thread_until_it_ends() -> None:

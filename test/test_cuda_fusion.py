@@ -407,7 +407,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedDriver:
     if not emulated_devices():
         pytest.skip("no C++ compiler for the emulation")
     driver: Any = emulated_devices()[0].driver
-    monkeypatch.setattr(cuda, "open_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "open_driver", lambda place: driver)
     monkeypatch.setattr(runner, "MAX_ROWS", n.FEW)
     return driver
 

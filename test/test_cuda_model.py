@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not emulated_devices(), reason="no C++ compiler 
 def emulated(monkeypatch: pytest.MonkeyPatch) -> CUDADevice:
     """device="cuda" opens the emulation."""
     device = emulated_devices()[0]
-    monkeypatch.setattr(cuda, "open_driver", lambda: device.driver)
+    monkeypatch.setattr(cuda, "open_driver", lambda place: device.driver)
     return device
 
 

@@ -211,7 +211,7 @@ def test_weights_are_loaded_in_pieces(device: CUDADevice, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-llama"])
 def test_a_model(name: str, dtype: str, device: CUDADevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logits are those of NumPy where that rounds no inputs to 8 bits, its tokens the CPU's up to near ties."""
-    monkeypatch.setattr(cuda, "open_driver", lambda: device.driver)
+    monkeypatch.setattr(cuda, "open_driver", lambda place: device.driver)
     model: dict[str, Any] = {"model": str(BUNDLED / name), "dtype": dtype, "max_seq_len": 128}
     with LLM(**model, device="cuda") as llm:
         assert llm.tokenizer is not None

@@ -43,7 +43,7 @@ with llm.profile() as profile:
     seconds, after = time.perf_counter() - begin, traffic()
 comm = llm.runner.comm
 print(json.dumps({{"tokens": tokens, "seconds": seconds, "came": after[0] - before[0], "went": after[1] - before[1],
-                  "step": int(llm.runner.step.shared.nbytes), "ranks": comm.size, "local": comm.local,
+                  "step": int(llm.runner.step.shared.nbytes), "ranks": comm.size, "local": comm.place.ranks,
                   "cost": profile.cost.content()}}))
 """
 

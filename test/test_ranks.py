@@ -69,12 +69,14 @@ def finish(process: subprocess.Popen[str], limit: float = LIMIT) -> tuple[int, s
 class Run:
     """The worker on some ranks."""
 
+    worker = WORKER
+
     def __init__(self, directory: Path, ranks: int, jobs: list[dict[str, Any]], fault: str = "", **env: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "jobs.json").write_text(json.dumps(jobs))
         self.directory, self.ranks = directory, ranks
         self.results = directory / "results.npz"
-        arguments = [str(WORKER), str(directory / "jobs.json"), str(self.results), str(directory), fault]
+        arguments = [str(self.worker), str(directory / "jobs.json"), str(self.results), str(directory), fault]
         self.process = start(ranks, *arguments, **env)
 
     def pid(self, rank: int) -> int:

@@ -91,6 +91,7 @@ def product_cases(preset: str = "qwen3-0.6b") -> list[Product]:
 def rill_seconds(plan: Plan, first: int) -> Timed:
     """One node of a plan, between two events."""
     times = np.zeros((1, 1), TIMES)
+    plan.program.begin()  # type: ignore[union-attr]
 
     def call() -> float:
         plan.program.run(first, first + 1, times)  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ products beside its own (tools.compare_gpu).
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -28,10 +29,12 @@ GPU = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm
 
 
 def programs(model: str, results: Path) -> dict[str, str]:
-    """File to keep what it prints in -> arguments of a module, after settings of the environment."""
+    """File to keep what it prints in -> arguments of a module, after settings of the environment. mpi4py's run on two
+    ranks."""
     benchmark = f"demo.benchmark {model} --method cuda -o json"
     decode = f"{benchmark} --phase decode -n 128 -d 0,4096 -b 1,8"
     quantised = f"{benchmark} --dtype int8,int4 --phase decode -n 128 -b 1,8"
+    ranks = f"demo.benchmark {model} --method cuda,mpi+cuda -o json"
     sweep = f"demo.benchmark_plot --device cuda --T-max 131072 --head-dim 128 -o {results}/cuda-attention"
     return {
         "cuda-decode.json": decode,
@@ -40,6 +43,7 @@ def programs(model: str, results: Path) -> dict[str, str]:
         "cuda-decode-quantised.json": quantised,
         "cuda-decode-quantised-unfused.json": f"RILL_CUDA_FUSION=0 {quantised}",
         "cuda-prefill-quantised.json": f"{benchmark} --dtype int8,int4 --phase prefill -p 512,2048",
+        "cuda-decode-ranks.json": f"mpi4py -m {ranks} --phase decode -n 128 -b 1,8",
         "cuda-attention.md": "demo.attention --device cuda",
         "cuda-attention-dense.md": f"{sweep}-exact --heads 16 --kv-heads 8",
         "cuda-attention-window.md": f"{sweep}-window --heads 16 --kv-heads 16 --window 64 --sink 16",
@@ -49,7 +53,8 @@ def programs(model: str, results: Path) -> dict[str, str]:
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     print("+", shlex.join(command), flush=True)
-    return subprocess.run(command, capture_output=True, text=True)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # pip's mpiexec first
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
 
 
 def measure(results: Path, model: str) -> list[dict[str, Any]]:
@@ -59,14 +64,15 @@ def measure(results: Path, model: str) -> list[dict[str, Any]]:
         words = arguments.split()
         settings = [word for word in words if word.startswith("RILL_")]
         command = ["-m", *words[len(settings) :]]
+        launcher = ["mpiexec", "-n", "2"] if command[1] == "mpi4py" else []
         start = time.perf_counter()
-        done = run(["env", *settings, sys.executable, *command])
+        done = run(["env", *settings, *launcher, sys.executable, *command])
         if not done.returncode:
             text = done.stdout
             write_whole(results / file, lambda partial, text=text: partial.write_text(text))  # type: ignore[misc]
         print(done.stdout if not done.returncode else done.stderr, flush=True)
-        records.append({"command": shlex.join([*settings, "python", *command]), "file": file, "status": done.returncode,
-                        "seconds": round(time.perf_counter() - start, 1),
+        records.append({"command": shlex.join([*settings, *launcher, "python", *command]), "file": file,
+                        "status": done.returncode, "seconds": round(time.perf_counter() - start, 1),
                         "error": done.stderr.strip().splitlines()[-1:] if done.returncode else []})  # fmt: skip
     return records
 

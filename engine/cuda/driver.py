@@ -15,6 +15,7 @@ from engine import abi
 from engine.cuda.device_array import Memory
 from engine.cuda.kernels import built_kernels, find_nvcc, prebuilt_kernels
 from engine.cuda.launches import Launch
+from engine.device import ALONE, Place
 from engine.errors import RillError
 
 
@@ -35,6 +36,10 @@ class Driver(Memory, Protocol):
     def send(self, address: int, data: np.ndarray) -> None:
         """Like write, but does not wait. `data` is pinned and stays as it is until the stream has been waited for."""
 
+    def fetch(self, address: int, into: np.ndarray) -> None:
+        """Like read, but does not wait: what has arrived counts when the stream has been waited for. `into` is
+        pinned."""
+
     def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
         """A launch, ready to be called."""
 
@@ -49,8 +54,8 @@ class Driver(Memory, Protocol):
         """When the stream passed them; waits for the last."""
 
 
-def open_driver() -> Driver:
-    """The first GPU. Raises RillError saying what is missing."""
+def open_driver(place: Place = ALONE) -> Driver:
+    """The first GPU; ranks take those that they see in turns. Raises RillError saying what is missing."""
     try:
         import pycuda.driver as cuda
     except ImportError as error:
@@ -65,7 +70,11 @@ def open_driver() -> Driver:
         raise RillError(f"no cuda device: {error}") from None
     if count == 0:
         raise RillError("no cuda device: this machine has no GPU that CUDA can use")
-    return PyCUDADriver(cuda)
+    index = place.rank % count
+    driver = PyCUDADriver(cuda, index)
+    if place.ranks > 1:
+        driver.description += f", GPU {index} of {count} by local rank"
+    return driver
 
 
 class PyCUDADriver:
@@ -73,9 +82,9 @@ class PyCUDADriver:
 
     records = True
 
-    def __init__(self, cuda: Any) -> None:
+    def __init__(self, cuda: Any, index: int = 0) -> None:
         self.cuda = cuda
-        gpu = cuda.Device(0)
+        gpu = cuda.Device(index)
         self.context, self.local = gpu.retain_primary_context(), threading.local()
         self.closed = False
         self._enter()
@@ -155,10 +164,13 @@ class PyCUDADriver:
         self.cuda.memset_d8_async(address, byte, size, self.stream)
 
     def read(self, address: int, into: np.ndarray) -> None:
+        self.fetch(address, into)
+        self.stream.synchronize()
+
+    def fetch(self, address: int, into: np.ndarray) -> None:
         self._enter()
         if into.nbytes:
             self.cuda.memcpy_dtoh_async(into, address, self.stream)
-        self.stream.synchronize()
 
     def write(self, address: int, data: np.ndarray) -> None:
         self.send(address, np.ascontiguousarray(data))

@@ -11,13 +11,14 @@ from engine import abi
 from engine.cuda import launches
 from engine.cuda.fusion import Group, find_groups
 from engine.cuda.launches import Launch
-from engine.device import Cancelled, Program, failure
+from engine.device import Program
+from engine.plan import nbytes
 
 if TYPE_CHECKING:
     from engine.device.cuda import CUDADevice
     from engine.plan import Node, Plan, Tensor
 
-MAX_RECORDED = 256  # steps of different shapes that are remembered to be recorded
+MAX_RECORDED = 256  # steps of different shapes that are remembered to be recorded, in each segment
 
 
 class Piece(NamedTuple):
@@ -29,17 +30,23 @@ class Piece(NamedTuple):
 
 
 class CUDAProgram(Program):
-    """Every node's launches, made when a number of rows is first met. Of few rows, groups of nodes are fused."""
+    """Every node's launches, made when a number of rows is first met. Of few rows, groups of nodes are fused.
+    Collectives are the host's, and what is replayed ends before them."""
+
+    whole = True  # nodes are fused and recorded together, and a segment is soon over
 
     def __init__(self, device: CUDADevice, plan: Plan) -> None:
         self.device, self.driver, self.nodes = device, device.driver, plan.nodes
-        self.structs = [abi.fill_struct(node, device.address) for node in plan.nodes]
+        self.structs = [None if node.op.collective else abi.fill_struct(node, device.address) for node in plan.nodes]
         groups = find_groups(plan, self.structs, device.address) if device.fuses else []
         self.groups = {group.nodes.start: group for group in groups}
         self.counts = list({node.rows: None for node in plan.nodes})
         self.mirrors = {device.mirrors[t] for node in plan.nodes for t in [*node.tensors.values(), node.rows]
                         if t in device.mirrors}  # fmt: skip
         self.scratch = device.scratch(max(self._scratch_bytes(), 1))
+        collectives = [node for node in plan.nodes if node.op.collective]
+        self.max_recorded = MAX_RECORDED * (1 + len(collectives))
+        self.driver.staging(max(map(exchanged_bytes, collectives), default=0))  # no step has to wait for more memory
         self.alone: dict[tuple[int, int], Piece] = {}  # (node, rows) -> piece
         self.fused: dict[tuple[int, int], list[Piece]] = {}  # (first node of a group, rows) -> pieces
         self.recorded: dict[Any, Callable[[], None] | None] = {}
@@ -47,7 +54,8 @@ class CUDAProgram(Program):
     def _scratch_bytes(self) -> int:
         """The most that any launch needs: of all rows, or of as many as are still cut into ranges."""
         most = 0
-        for i, node in enumerate(self.nodes):
+        own = [(i, node) for i, node in enumerate(self.nodes) if not node.op.collective]
+        for i, node in own:
             for rows in {max_rows(node), min(max_rows(node), int(launches.n.SPLIT_ROWS))}:
                 most = max(most, *(launch.share * launch.shares for launch in self._launches(i, rows)))
         return most
@@ -86,21 +94,19 @@ class CUDAProgram(Program):
         team = np.array([self.device.control.address, self.scratch.address, launch.share], np.uint64)  # of common.cuh
         return self.driver.bind(launch, b"".join(bytes(abi.ffi.buffer(struct)) for struct in structs) + team.tobytes())
 
-    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
+    def begin(self) -> None:
         for mirror in self.mirrors:
             mirror.send()
+
+    def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
+        """Before a collective, it is left to Device.exchanged to wait, and to raise."""
         rows = {tensor: int(tensor.storage[0]) for tensor in self.counts}
         if times is not None:
             self._run_timed(first, last, rows, times)
         else:
             self._replay(first, last, rows)
-        self.driver.synchronise()
-        if self.device.stop:
-            raise Cancelled
-        status, detail = self.device.control[1:].tolist()
-        if status:
-            self.device.control[:] = 0
-            raise failure(status, detail)
+        if last == len(self.nodes) or not self.nodes[last].op.collective:
+            self.device.wait()
 
     def _replay(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
         """Launches; what is asked for a second time is recorded, where the driver can, and from then on one launch."""
@@ -109,7 +115,7 @@ class CUDAProgram(Program):
         if recorded is not None:
             recorded()
             return
-        if key in self.recorded and self.driver.records and len(self.recorded) <= MAX_RECORDED:
+        if key in self.recorded and self.driver.records and len(self.recorded) <= self.max_recorded:
             self.recorded[key] = self.driver.record(lambda: self._launch(first, last, rows))
             self._replay(first, last, rows)
             return
@@ -135,6 +141,11 @@ class CUDAProgram(Program):
             for i in piece.nodes:
                 started, ended = end if i > piece.main else begin, begin if i < piece.main else end
                 times[0, i - first] = started, ended, ended  # nobody to wait for
+
+
+def exchanged_bytes(node: Node) -> int:
+    """What a collective's tensors take at most."""
+    return sum(nbytes(tensor) for tensor in node.tensors.values())
 
 
 def max_rows(node: Node) -> int:

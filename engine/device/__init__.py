@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +18,21 @@ from engine.errors import RillError, UsageError
 
 if TYPE_CHECKING:
     from engine.layer import Weight
-    from engine.plan import Plan, Tensor
+    from engine.plan import Node, Plan, Tensor
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class Place(NamedTuple):
+    """A process among the ranks of its machine: the how-manieth of how many. sharing: those that run on its cores, this
+    one included."""
+
+    rank: int = 0
+    ranks: int = 1
+    sharing: int = 1
+
+
+ALONE = Place()
 
 
 class TokenError(RillError):
@@ -55,6 +68,11 @@ def failure(status: int, detail: int) -> Exception:
 
 class Program(ABC):
     """A lowered plan."""
+
+    whole = False  # whether to cut a segment between two collectives costs something, and is of no use
+
+    def begin(self) -> None:  # noqa: B027 - most devices read the host's own
+        """From now on, what the host has written into shared tensors counts."""
 
     @abstractmethod
     def run(self, first: int, last: int, times: np.ndarray | None = None) -> None:
@@ -101,8 +119,14 @@ class Device(ABC):
         """A copy of the logical array, of a row tensor the rows of the last step."""
 
     def view(self, tensor: Tensor) -> np.ndarray:
-        """A dense tensor in the host's reach, to read and write in place: what ranks exchange."""
-        raise UsageError(f"device {self.type!r}: its memory is out of the ranks' reach")
+        """A dense tensor in the host's reach, to read and write in place."""
+        raise UsageError(f"device {self.type!r}: its memory is out of the host's reach")
+
+    @contextmanager
+    def exchanged(self, node: Node) -> Iterator[dict[str, np.ndarray]]:
+        """A collective's tensors in the host's reach, each by its name there; what is written into them by the end of
+        this is what they hold. Raises as the replay of the nodes before."""
+        yield {name: self.view(tensor) for name, tensor in node.tensors.items()}
 
     @abstractmethod
     def share(self, tensor: Tensor, array: np.ndarray) -> None:
@@ -126,16 +150,13 @@ def device_types() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
 
 
-def open_device(type: str = "auto", *, isa: str = "auto", threads: int | None = None, sharing: int = 1) -> Device:
-    """Opens a device. "auto" is the CPU, or NumPy where the native libraries have not been built. sharing: processes
-    that run on these cores, this one included."""
+def open_device(type: str = "auto", *, isa: str = "auto", threads: int | None = None, place: Place = ALONE) -> Device:
+    """Opens a device. "auto" is the CPU, or NumPy where the native libraries have not been built."""
     if type == "auto":
         type = _best_type()
     if type not in device_types():
         raise UsageError(f"device {type!r}: expected auto or one of {', '.join(device_types())}")
-    device: Any = importlib.import_module(f"engine.device.{type}").open(
-        isa=isa, threads=threads, **({"sharing": sharing} if sharing > 1 else {})
-    )
+    device: Any = importlib.import_module(f"engine.device.{type}").open(isa=isa, threads=threads, place=place)
     return device
 
 

@@ -13,7 +13,7 @@ from engine import abi, machine
 from engine.cpu import huge_pages
 from engine.cpu.huge_pages import ALIGNMENT
 from engine.cpu.program import NativeProgram, check_not_forked
-from engine.device import Device, Program, Progress
+from engine.device import ALONE, Device, Place, Program, Progress
 from engine.errors import RillError, UsageError
 from engine.files.packed_cache import cache_name, make_room, read_cached, write_cached
 from engine.pages import pack_cache, unpack_cache
@@ -70,9 +70,9 @@ def choose_threads(wanted: int | None, sharing: int = 1) -> tuple[int, str]:
     return max(1, cores // sharing), f"{sharing} ranks share {cores} cores{oversubscribed}"
 
 
-def open(isa: str, threads: int | None, sharing: int = 1) -> CPUDevice:
+def open(isa: str, threads: int | None, place: Place = ALONE) -> CPUDevice:
     chosen, why = choose_isa(isa)
-    count, why_count = choose_threads(threads, sharing)
+    count, why_count = choose_threads(threads, place.sharing)
     device = CPUDevice(chosen, count)
     device.description = f"{chosen} ({why}), {count} threads ({why_count})"
     return device

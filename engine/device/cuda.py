@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from engine.cuda.device_array import Allocation, DeviceArray
 from engine.cuda.driver import open_driver
 from engine.cuda.launches import Launch, ceil_div, row_bytes
 from engine.cuda.panels import Panels
-from engine.cuda.program import CUDAProgram
-from engine.device import Device, Program, Progress
+from engine.cuda.program import CUDAProgram, exchanged_bytes
+from engine.device import ALONE, Cancelled, Device, Place, Program, Progress, failure
 from engine.errors import RillError, UsageError
 from engine.int8 import Int8Array, dequantise, quantise
 from engine.quantised import Format
@@ -24,17 +25,17 @@ from engine.quantised import Format
 if TYPE_CHECKING:
     from engine.cuda.driver import Driver
     from engine.layer import Weight
-    from engine.plan import Plan, Tensor
+    from engine.plan import Node, Plan, Tensor
 
 STAGED = 8 << 20  # bytes of a weight that are on their way at once
 UINT8 = np.dtype(np.uint8)
 PANEL = int(abi.constants.PANEL)
 
 
-def open(isa: str, threads: int | None, sharing: int = 1) -> CUDADevice:
+def open(isa: str, threads: int | None, place: Place = ALONE) -> CUDADevice:
     if isa != "auto":
         raise UsageError(f"isa {isa!r}: the cuda device has none to choose")
-    return CUDADevice(open_driver())
+    return CUDADevice(open_driver(place))
 
 
 class Mirror:
@@ -65,6 +66,8 @@ class CUDADevice(Device):
         self.stop, self.notes, self.details = False, [], []
         self.control = DeviceArray(Allocation(driver, abi.ffi.sizeof("struct control")), (3,), np.dtype(np.int32))
         self.control[:] = 0
+        self.status = np.zeros(self.control.shape, self.control.dtype)  # what it held when it was last waited for
+        driver.pin(self.status)
         self.mirrors: weakref.WeakKeyDictionary[Tensor, Mirror] = weakref.WeakKeyDictionary()
 
     # Storage: a DeviceArray, of a dense tensor in its logical shape, of any other its bytes. A shared tensor's is the
@@ -174,7 +177,7 @@ class CUDADevice(Device):
         if tensor.layout == "cache":
             return unpack_cache(tensor)
         array = tensor.owner.storage
-        count = int(tensor.rows.storage[0]) if tensor.rows else len(array)
+        count = rows_in_use(tensor)
         array = array[:count].copy() if isinstance(array, np.ndarray) else array.rows(0, count)
         return array[..., tensor.column : tensor.column + tensor.width] if tensor.base else array
 
@@ -221,6 +224,36 @@ class CUDADevice(Device):
 
     def cancel(self, flag: bool) -> None:
         self.stop = flag
+
+    def wait(self) -> None:
+        """Waits until all that has been launched is done. Raises what became of it."""
+        self.driver.fetch(self.control.address, self.status)
+        self.driver.synchronise()
+        if self.stop:
+            raise Cancelled
+        _, status, detail = self.status.tolist()
+        if status:
+            self.control[:] = 0
+            raise failure(status, detail)
+
+    @contextmanager
+    def exchanged(self, node: Node) -> Iterator[dict[str, np.ndarray]]:
+        """Copies of the rows in pinned memory, which are waited for once, together with the nodes before."""
+        staged, arrays = self.driver.staging(exchanged_bytes(node)), {}
+        for name, tensor in node.tensors.items():
+            assert tensor.base is None, "only whole rows lie in one piece"
+            shape = rows_in_use(tensor), *tensor.shape[1:]
+            size = int(np.prod(shape)) * tensor.dtype.itemsize
+            arrays[name], staged = staged[:size].view(tensor.dtype).reshape(shape), staged[size:]
+            self.driver.fetch(self.address(tensor), arrays[name])
+        self.wait()
+        yield arrays
+        for name in node.op.writes:
+            self.driver.send(self.address(node.tensors[name]), arrays[name])
+
+
+def rows_in_use(tensor: Tensor) -> int:
+    return int(tensor.rows.storage[0]) if tensor.rows else tensor.shape[0]
 
 
 def panels_of(matrix: Tensor) -> Panels:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.device import Cancelled, Device, Program, Progress
+from engine.device import ALONE, Cancelled, Device, Place, Program, Progress
 from engine.errors import UsageError
 from engine.int8 import Int8Array
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.plan import Node, Plan, Tensor
 
 
-def open(isa: str, threads: int | None, sharing: int = 1) -> NumPyDevice:
+def open(isa: str, threads: int | None, place: Place = ALONE) -> NumPyDevice:
     """NumPy's own BLAS chooses instructions and threads."""
     if isa != "auto":
         raise UsageError(f"isa {isa!r}: the numpy device has none to choose")

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from engine.device import Place
 from engine.errors import RillError, UsageError
 from engine.machine import allowed_cpus, available_cores
 from engine.ranks.neighbours import Process
@@ -74,8 +75,7 @@ def patience() -> float:
 class Comm:
     """All ranks. Rank 0 runs the program and commands; every method is called by all of them at the same point.
 
-    sharing: ranks that run on this rank's cores, itself included. local: ranks on this machine. stopped: set on rank 0
-    by any thread, for `agreed_to_stop`.
+    place: this rank on its machine. stopped: set on rank 0 by any thread, for `agreed_to_stop`.
     """
 
     def __init__(self, mpi: Any, world: Any, patience: float) -> None:
@@ -98,8 +98,8 @@ class Comm:
         self._cores = available_cores()
         with self.watch.waiting():
             self.notes = self.watch.notes = Notes(mpi, world)
-            self.local, self.sharing = self._neighbours()
-            self.together = self.local == self.size  # on one machine, and so are all that are split off
+            self.place = self._neighbours()
+            self.together = self.place.ranks == self.size  # on one machine, and so are all that are split off
             self.window = self.open_window()
         atexit.register(self.end)
 
@@ -112,7 +112,7 @@ class Comm:
     def _first(self, count: int) -> Comm:
         part = copy.copy(self)
         part._firsts = {}
-        part.sharing = min(self.sharing, count)
+        part.place = self.place._replace(sharing=min(self.place.sharing, count))
         with self.watch.waiting():
             part.share(self.world.Split(self.rank >= count, self.rank))
         return part
@@ -122,7 +122,7 @@ class Comm:
         self.world, self.rank, self.size = world, int(world.rank), int(world.size)
         self.split, self.window = Split(self.rank, self.size), self.open_window()
 
-    def _neighbours(self) -> tuple[int, int]:
+    def _neighbours(self) -> Place:
         machine = self.world.Split_type(self.mpi.COMM_TYPE_SHARED)
         mine = np.zeros(CPUS, np.uint8)
         mine[list(allowed_cpus()) if hasattr(os, "sched_getaffinity") else [0]] = 1
@@ -131,7 +131,7 @@ class Comm:
         processes = np.zeros((machine.size, len(Process._fields)), np.int64)
         machine.Allgather(np.array(Process.of_this(), np.int64), processes)
         self.watch.neighbours = [Process(*map(int, row)) for i, row in enumerate(processes) if i != machine.rank]
-        return int(machine.size), int((masks & mine).any(axis=1).sum())
+        return Place(int(machine.rank), int(machine.size), int((masks & mine).any(axis=1).sum()))
 
     def open_window(self) -> Window | None:
         """What these ranks share, if they are several on one machine."""
@@ -144,7 +144,7 @@ class Comm:
     @property
     def crowded(self) -> bool:
         """Whether this rank's cores have more ranks than there are cores."""
-        return self.sharing > self._cores
+        return self.place.sharing > self._cores
 
     # What a plan's collectives do.
 
@@ -195,7 +195,7 @@ class Comm:
     @property
     def bound(self) -> str:
         """What to say where the launcher has given ranks of this machine cores of their own."""
-        if self.sharing == self.local or not hasattr(os, "sched_getaffinity"):
+        if self.place.sharing == self.place.ranks or not hasattr(os, "sched_getaffinity"):
             return ""
         return f", bound to {len(allowed_cpus())} of {os.cpu_count()} CPUs by the launcher"
 

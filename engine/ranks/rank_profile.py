@@ -198,7 +198,7 @@ class RankProfile(Profile):
         splits_all = line is not None or not any(node.op.name == "all_gather" for node in self.plan.nodes)
         numbers = sorted({*FORECAST, stages if line else width}) if splits_all else ()
         shares = {n: largest_share(self.runner.config, n, stages=line is not None) for n in numbers}
-        crowded = self.comm.sharing * self.threads > available_cores()
+        crowded = self.comm.place.sharing * self.threads > available_cores()
         return Cost(width * stages, stages, found, None if line else links[0], line, shares, crowded, self.not_logged)
 
     def _count_steps(self, phases: dict[str, PhaseCost]) -> None:

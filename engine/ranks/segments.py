@@ -30,6 +30,9 @@ class Segments(Program):
             self.met = {i: self._most_rows(plan.nodes[i], half) for i in self.program.meet(comm.window.meeting)}
         self.ends = cache(self._ends)
 
+    def begin(self) -> None:
+        self.program.begin()
+
     def _most_rows(self, node: Node, half: int) -> int:
         """Of a step in which native code does this collective, which cannot be stopped then. LONG_STEP: of any."""
         width = node.written[0].width
@@ -65,8 +68,9 @@ class Segments(Program):
             begin = end + 1
 
     def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Nodes [begin, end) in one go; those of a stage in pieces, with a look around between two."""
-        most = LOOK_UP if self.comm.stage.count > 1 else len(self.plan.nodes)
+        """Nodes [begin, end) in one go; on most devices, those of a stage in pieces, with a look around between two."""
+        cuts = self.comm.stage.count > 1 and not self.program.whole
+        most = LOOK_UP if cuts else len(self.plan.nodes)
         for start in range(begin, end, most):
             if start > begin:
                 self._look(start)
@@ -82,10 +86,10 @@ class Segments(Program):
         """Does a collective; raises Cancelled on all ranks or on none."""
         node = self.plan.nodes[index]
         begin = time.perf_counter_ns()
-        if node.op.name != "receive":  # what has been sent is received, or the next step would take it for its own
-            self._look(index)
-        arrays = {name: self.plan.device.view(tensor) for name, tensor in node.tensors.items()}
-        getattr(self.comm, node.op.name)(**arrays)
+        with self.plan.device.exchanged(node) as arrays:
+            if node.op.name != "receive":  # what has been sent is received, or the next step would take it for its own
+                self._look(index)
+            getattr(self.comm, node.op.name)(**arrays)
         if times is not None:
             end = time.perf_counter_ns()
             times[0] = begin, end, end
