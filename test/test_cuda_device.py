@@ -79,7 +79,9 @@ class RecordingDriver(EmulatedDriver):
         self.replays = 0
 
     def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
-        call = super().bind(launch, arguments)
+        return self.later(super().bind(launch, arguments))
+
+    def later(self, call: Callable[[], None]) -> Callable[[], None]:
         return lambda: call() if self.recording is None else self.recording.append(call)
 
     def record(self, launches: Callable[[], None]) -> Callable[[], None]:
