@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from engine import abi
+from engine.cuda.cublas import CuBLAS
 from engine.cuda.launches import Launch
 from engine.device.cuda import CUDADevice
 
 ROOT = Path(__file__).parent.parent
+CUBLAS = ROOT / "build" / "cuda" / "libcublas_emulation.so"
 GUARD = 64  # bytes on either side of an allocation
 GUARD_BYTE = 0xA5
 
@@ -28,10 +30,11 @@ GUARD_BYTE = 0xA5
 class EmulatedDriver:
     records = False
 
-    def __init__(self, library: Any, backwards: bool = False) -> None:
+    def __init__(self, library: Any, backwards: bool = False, cublas: bool = False) -> None:
         self.library, self.backwards = library, backwards
-        self.description = "emulated GPU" + (" backwards" if backwards else "")
+        self.description = "emulated GPU" + (" backwards" if backwards else "") + (" with cuBLAS" if cublas else "")
         self.memory: dict[int, np.ndarray] = {}
+        self.cublas: CuBLAS | None = CuBLAS(str(CUBLAS), 0, self.allocate) if cublas else None
         self.launched: list[Launch] = []  # for tests that ask what a node became
         self.staged = [np.empty(0, np.uint8)] * 2  # taken in turns
         self.fetched: list[tuple[np.ndarray, np.ndarray]] = []  # what arrives when it is waited for, and where
@@ -122,7 +125,9 @@ class RecordingDriver(EmulatedDriver):
         self.replays = 0
 
     def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
-        call = super().bind(launch, arguments)
+        return self.later(super().bind(launch, arguments))
+
+    def later(self, call: Callable[[], None]) -> Callable[[], None]:
         return lambda: call() if self.recording is None else self.recording.append(call)
 
     def record(self, launches: Callable[[], None]) -> Callable[[], None]:
@@ -148,7 +153,8 @@ def library() -> Any:
     names = [kernel for source in sorted((ROOT / "native" / "cuda").glob("*.cu")) for kernel in kernels_of(source)]
     abi.ffi.cdef("".join(f"void {name}_kernel(const void *arguments);" for name in names))
     abi.ffi.cdef("""const char *emulate(void (*kernel)(const void *), uint32_t grid_x, uint32_t grid_y, uint32_t grid_z,
-                    uint32_t threads, uint32_t shared_bytes, const void *arguments, int32_t backwards);""")
+                    uint32_t threads, uint32_t shared_bytes, const void *arguments, int32_t backwards);
+                    extern int emulated_status, emulated_handles, emulated_products;""")
     return abi.ffi.dlopen(str(ROOT / "build" / "cuda" / "libcuda_emulation.so"))
 
 
@@ -170,3 +176,10 @@ def emulated_devices() -> tuple[CUDADevice, ...]:
     is no C++ compiler."""
     opened = library()
     return () if opened is None else tuple(CUDADevice(EmulatedDriver(opened, order)) for order in (False, True))
+
+
+@cache
+def emulated_cublas() -> CUDADevice | None:
+    """The GPU with its threads in order and cuBLAS."""
+    opened = library()
+    return CUDADevice(EmulatedDriver(opened, cublas=True)) if opened else None

@@ -32,6 +32,7 @@ CANARY = 1e30
 MARGIN = 3  # columns on either side of a view: odd, so that no row is aligned
 FLOAT32_LIMIT = 1e-10  # normalised mean squared error of float32 arithmetic
 BFLOAT16_LIMIT = 1e-5  # and where inputs are rounded to bf16
+FLOAT16_LIMIT = BFLOAT16_LIMIT / 64  # to f16, which has three bits more
 
 
 # Devices.
@@ -78,6 +79,11 @@ def rounds_to_bf16(device: Device, dtype: np.dtype) -> bool:
 
 def error_limit(device: Device, dtype: np.dtype) -> float:
     return BFLOAT16_LIMIT if rounds_to_bf16(device, dtype) else FLOAT32_LIMIT
+
+
+def product_limit(device: Device, dtype: np.dtype) -> float:
+    """Of products with weights: cuBLAS takes f16 inputs for f16 weights."""
+    return FLOAT16_LIMIT if dtype == FLOAT16 and getattr(device, "cublas", None) else error_limit(device, dtype)
 
 
 # Values and comparisons.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from emulated_cuda import emulated_devices
+from emulated_cuda import emulated_cublas, emulated_devices
 
 from tools import compare_gpu
 from tools.compare_gpu import Attention, Product
@@ -67,7 +67,10 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> Torch:
     return Torch(monkeypatch)
 
 
-@pytest.mark.skipif(not emulated_devices(), reason="no C++ compiler for the emulation")
+needs_emulation = pytest.mark.skipif(not emulated_devices(), reason="no C++ compiler for the emulation")
+
+
+@needs_emulation
 def test_rows_of_both(torch: Torch) -> None:
     cases: list[Attention | Product] = [Attention(4, 2, 70, 70), Attention(4, 2, 70, 1), Product("qkv", 5, 32, 48)]
     rows = list(compare_gpu.compare(emulated_devices()[0], torch, cases))
@@ -115,3 +118,14 @@ def test_without_pytorch_or_its_gpu(torch: Torch, monkeypatch: pytest.MonkeyPatc
     assert compare_gpu.beside_pytorch(None) == {"rows": [], "absent": "PyTorch 2.13 sees no GPU"}
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "no PyTorch" in compare_gpu.beside_pytorch(None)["absent"]
+
+
+@needs_emulation
+def test_products_with_and_without_cublas(torch: Torch) -> None:
+    device: Any = emulated_cublas()
+    rows = list(compare_gpu.compare(device, torch, [Product("qkv", 9, 32, 48)]))
+    assert [row["by"] for row in rows] == ["Rill", "Rill's own kernel", "cuBLAS"]
+    assert rows[1]["times_ours"] == rows[1]["seconds"] / rows[0]["seconds"]
+    kernels = [launch.kernel for launch in device.driver.launched[-8:]]
+    assert kernels == ["matmul_round_bf16"] * 4 + ["matmul_many_bf16"] * 4
+    assert device.cublas is device.driver.cublas

@@ -14,12 +14,16 @@ import pytest
 from harness import (
     ATTENTION_CASES,
     CACHE_DTYPES,
+    WEIGHT_DTYPES,
     AttentionCase,
     AttentionRig,
     Part,
     assert_close,
+    assert_same_bits,
     error_limit,
     exact_attention,
+    normal,
+    product_limit,
     sequences,
 )
 
@@ -27,6 +31,7 @@ from engine import LLM, SamplingParams, abi
 from engine.device import open_device
 from engine.device.cuda import CUDADevice
 from engine.errors import RillError
+from engine.ops.matmul import Linear
 from engine.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +95,30 @@ def test_greedy_tokens_are_the_cpus(name: str) -> None:
         with LLM(str(ROOT / "models" / name), device=device, dtype="float32", max_seq_len=256) as llm:
             tokens.append(list(llm.generate("Once upon a time", greedy).token_ids))
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+def test_products_of_many_rows(gpu: CUDADevice, monkeypatch: pytest.MonkeyPatch, dtype: np.dtype) -> None:
+    """By cuBLAS where it is, and by our own kernel."""
+    rng = np.random.default_rng(0)
+    for cublas in {gpu.cublas, None}:
+        monkeypatch.setattr(gpu, "cublas", cublas)
+        for rows, outputs, inputs in ((9, 33, 31), (100, 4096, 1024), (2048, 1000, 3072)):
+            x, weight, bias = normal(rng, rows, inputs), normal(rng, outputs, inputs, dtype=dtype), normal(rng, outputs)
+            out = Linear([weight], [bias], device=gpu).forward(x)
+            exact = x.astype(np.float64) @ weight.astype(np.float64).T + bias
+            assert_close(out, exact, product_limit(gpu, dtype), (gpu.description, cublas, rows))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_recorded_prompt_gives_the_bits_of_a_launched_one(dtype: str) -> None:
+    """The first step is launched, the second recorded, the third replayed; lengths take turns."""
+    with LLM(str(ROOT / "models" / "tiny-qwen3"), device="cuda", dtype=dtype, max_seq_len=256) as llm:
+        prompts = [list(range(20, 20 + length)) for length in (60, 90)]
+        first, second, third = ([llm.logits(prompt) for prompt in prompts] for _ in range(3))
+    for a, b, c in zip(first, second, third, strict=True):
+        assert_same_bits(b, a, "recorded")
+        assert_same_bits(c, a, "replayed")
 
 
 def test_limits(gpu: CUDADevice) -> None:

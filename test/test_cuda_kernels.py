@@ -98,6 +98,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, suits: Any = lambda file: True, sm: 
     monkeypatch.setattr(fake.Device(0), "compute_capability", lambda: sm)
     use(monkeypatch, fake)
     monkeypatch.setattr(cuda_driver, "Graphs", lambda handle: None)
+    monkeypatch.setenv("RILL_CUBLAS", "0")
     driver: Any = cuda_driver.open_driver()
     driver.close()
     atexit.unregister(driver.close)

@@ -14,9 +14,9 @@ from harness import (
     assert_same_bits,
     cpu_devices,
     devices,
-    error_limit,
     isa_pairs,
     normal,
+    product_limit,
     rounds_to_bf16,
 )
 from hypothesis import given, settings
@@ -57,7 +57,7 @@ def test_every_shape_as_misaligned_views(dtype: np.dtype) -> None:
             out = bench.output(case.outputs)
             bench.record(matmul, x=bench.view(x), weight=layer.matrices[0], bias=None, out=out)
             bench.run()
-            exact, scale, limit = exact_matmul(x, weight), scale_of(x, weight), error_limit(device, dtype)
+            exact, scale, limit = exact_matmul(x, weight), scale_of(x, weight), product_limit(device, dtype)
             assert_matmul(bench.result(out), exact, scale, limit, (device.description, case))
 
 
@@ -72,7 +72,7 @@ def test_any_number_of_rows_has_the_bits_of_one_row(dtype: np.dtype) -> None:
             alone = np.concatenate([layer.forward(x[r : r + 1]) for r in range(25)])
             most = layer.forward(x)
             exact, scale = exact_matmul(x, weight), scale_of(x, weight)
-            assert_matmul(most, exact, scale, error_limit(device, dtype), (device.description, case))
+            assert_matmul(most, exact, scale, product_limit(device, dtype), (device.description, case))
             assert_same_bits(alone, most[:25], (device.description, case))
             for rows in ROWS:
                 assert_same_bits(layer.forward(x[-rows:]), most[-rows:], (device.description, case, rows))
@@ -102,7 +102,7 @@ def test_prompts_with_a_bias_have_the_bits_of_single_rows(dtype: np.dtype) -> No
             what = (pair[0].description, case)
             out = one.forward(x)
             exact, scale = exact_matmul(x, weight) + bias, scale_of(x, weight)
-            assert_matmul(out, exact, scale, error_limit(pair[0], dtype), what)
+            assert_matmul(out, exact, scale, product_limit(pair[0], dtype), what)
             assert_same_bits(two.forward(x), out, what)
             assert_same_bits(np.concatenate([one.forward(x[r : r + 1]) for r in range(61)]), out, what)
 
@@ -137,7 +137,7 @@ def test_small_and_large_values() -> None:
         for dtype in (FLOAT32, BFLOAT16):
             stored = weight.astype(dtype)
             for device in devices():
-                out, limit = Linear([stored], device=device).forward(x), error_limit(device, dtype)
+                out, limit = Linear([stored], device=device).forward(x), product_limit(device, dtype)
                 assert_close(out, exact_matmul(x, stored), limit, (device.description, magnitude))
 
 
@@ -165,7 +165,7 @@ def test_odd_inputs_of_bf16_pairs() -> None:
             out, layer = bench.output(16), Linear([weight], device=device)
             bench.record(matmul, x=bench.view(x), weight=layer.matrices[0], bias=None, out=out)
             bench.run()
-            exact, scale, limit = exact_matmul(x, weight), scale_of(x, weight), error_limit(device, BFLOAT16)
+            exact, scale, limit = exact_matmul(x, weight), scale_of(x, weight), product_limit(device, BFLOAT16)
             assert_matmul(bench.result(out), exact, scale, limit, (device.description, inputs))
 
 
@@ -186,7 +186,7 @@ def test_stacked_parts_of_mixed_dtypes_with_biases() -> None:
             layer = Linear(weights, biases, device=device)
             assert [weight.shape for weight in layer.matrices] == [(n, 33) for n in shapes]
             assert len({weight.name for weight in layer.matrices}) == len(shapes)
-            out, limit = layer.forward(x), max(error_limit(device, w.dtype) for w in layer.matrices)
+            out, limit = layer.forward(x), max(product_limit(device, w.dtype) for w in layer.matrices)
             assert_close(out, exact + bias, limit, (device.description, dtypes))
             one = Linear(weights, biases, dtype="float32", device=device)
             assert [(weight.dtype, weight.shape) for weight in one.matrices] == [(FLOAT32, (52, 33))]
@@ -224,6 +224,6 @@ def test_any_shape(rows: int, outputs: int, inputs: int, dtype: np.dtype, biased
         layer = Linear([weight], [bias] if biased else [], device=device)
         out, exact = layer.forward(x), exact_matmul(x, weight) + bias
         scale = scale_of(x, weight) + np.abs(bias)
-        assert_matmul(out, exact, scale, error_limit(device, dtype), device.description)
+        assert_matmul(out, exact, scale, product_limit(device, dtype), device.description)
         if rows:
             assert_same_bits(layer.forward(x[-1:])[0], out[-1], device.description)

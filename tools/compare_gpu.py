@@ -1,7 +1,7 @@
 """The cuda device's attention and products beside PyTorch's, on the same shapes and dtypes: rows with the ratio.
 
 Attention: `scaled_dot_product_attention` with FlashAttention-2 and with cuDNN, each forced. Products: `torch.matmul`,
-which is cuBLAS. Needs PyTorch with CUDA. tools.cuda_bench calls it.
+which is cuBLAS; where Rill has cuBLAS, its own kernel, too. Needs PyTorch with CUDA. tools.cuda_bench calls it.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def torch_attention(torch: Any, case: Attention, backend: str) -> Timed:
     return call
 
 
-def rill_product(device: Any, case: Product) -> Timed:
+def rill_product(device: Any, case: Product, cublas: Any) -> Timed:
+    """cublas: the device's, or None for its own kernel."""
     rng, plan = np.random.default_rng(0), Plan(device)
     step = Step(device, plan, case.rows, 1, 1)
     weight = rng.standard_normal((case.outputs, case.inputs), np.float32).astype(ml_dtypes.bfloat16)
@@ -145,7 +146,9 @@ def rill_product(device: Any, case: Product) -> Timed:
     device.upload(x, rng.standard_normal(x.shape, np.float32))
     plan.keep(layer.record(x))
     device.load([layer.matrices[0]])
+    device.cublas, kept = cublas, device.cublas
     plan.lower()
+    device.cublas = kept
     step.set_rows([0] * case.rows, [0] * case.rows, [0] * case.rows)
     return rill_seconds(plan, 0)
 
@@ -187,7 +190,10 @@ def compare(device: Any, torch: Any, cases: Sequence[Attention | Product]) -> It
             works = {"Rill": partial(rill_attention, device, case)}
             works |= {f"PyTorch {backend}": partial(torch_attention, torch, case, backend) for backend in BACKENDS}
         else:
-            works = {"Rill": partial(rill_product, device, case), "cuBLAS": partial(torch_product, torch, case)}
+            works = {"Rill": partial(rill_product, device, case, device.cublas)}
+            if device.cublas:
+                works["Rill's own kernel"] = partial(rill_product, device, case, None)
+            works["cuBLAS"] = partial(torch_product, torch, case)
         yield from case_rows(case, works)
 
 

@@ -32,6 +32,7 @@ def programs(model: str, results: Path) -> dict[str, str]:
     """File to keep what it prints in -> arguments of a module, after settings of the environment. mpi4py's run on two
     ranks."""
     benchmark = f"demo.benchmark {model} --method cuda -o json"
+    prefill = f"{benchmark} --phase prefill -p 512,2048"
     decode = f"{benchmark} --phase decode -n 128 -d 0,4096 -b 1,8"
     quantised = f"{benchmark} --dtype int8,int4 --phase decode -n 128 -b 1,8"
     ranks = f"demo.benchmark {model} --method cuda,mpi+cuda -o json"
@@ -39,7 +40,8 @@ def programs(model: str, results: Path) -> dict[str, str]:
     return {
         "cuda-decode.json": decode,
         "cuda-decode-unfused.json": f"RILL_CUDA_FUSION=0 {decode}",
-        "cuda-prefill.json": f"{benchmark} --phase prefill -p 512,2048",
+        "cuda-prefill.json": prefill,
+        "cuda-prefill-own.json": f"RILL_CUBLAS=0 {prefill}",
         "cuda-decode-quantised.json": quantised,
         "cuda-decode-quantised-unfused.json": f"RILL_CUDA_FUSION=0 {quantised}",
         "cuda-prefill-quantised.json": f"{benchmark} --dtype int8,int4 --phase prefill -p 512,2048",

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine import abi
+from engine.cuda.cublas import CuBLAS, open_cublas
 from engine.cuda.device_array import Memory
 from engine.cuda.kernels import built_kernels, find_nvcc, prebuilt_kernels
 from engine.cuda.launches import Launch
@@ -24,6 +25,7 @@ class Driver(Memory, Protocol):
 
     description: str
     records: bool  # whether launches can be recorded and replayed as one
+    cublas: CuBLAS | None
 
     def free_memory(self) -> int: ...
     def fill(self, address: int, byte: int, size: int) -> None: ...
@@ -97,7 +99,10 @@ class PyCUDADriver:
         self.staged: list[tuple[np.ndarray, Any]] = []  # pinned memory, and the event that ends its copy
         self.pinned: list[Any] = []
         self.graphs = Graphs(self.stream.handle)
+        self.cublas: CuBLAS | None = None
         atexit.register(self.close)
+        self.cublas, phrase = open_cublas(self.stream.handle, self.allocate)
+        self.description += f", {phrase}"
 
     def _enter(self) -> None:
         """CUDA wants the context pushed once in every thread that calls it."""
@@ -110,6 +115,8 @@ class PyCUDADriver:
         self._enter()
         self.closed = True
         self.stream.synchronize()
+        if self.cublas:
+            self.cublas.close()
         for memory in self.allocations.values():
             memory.free()
         for held in (self.allocations, self.functions, self.modules, self.staged, self.pinned):

@@ -67,10 +67,14 @@ def find_nvcc() -> Path | None:
     """The system's, or else what PyPI's nvidia-cuda-nvcc installs."""
     if "NVCC" in os.environ:
         return system_nvcc()
+    return system_nvcc() or _first(map(str, pip_files("*/bin/nvcc")))
+
+
+def pip_files(pattern: str) -> list[Path]:
+    """Of NVIDIA's packages, which share the folder `nvidia`; the newest first."""
     package = importlib.util.find_spec("nvidia")
     folders = package and package.submodule_search_locations or []
-    by_pip = [str(nvcc) for folder in folders for nvcc in sorted(Path(folder).glob("*/bin/nvcc"), reverse=True)]
-    return system_nvcc() or _first(by_pip)
+    return [file for folder in folders for file in sorted(Path(folder).glob(pattern), reverse=True)]
 
 
 def system_nvcc() -> Path | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from engine import abi
-from engine.cuda import launches
+from engine.cuda import cublas, launches
+from engine.cuda.cublas import Gemm
 from engine.cuda.fusion import Group, find_groups
 from engine.cuda.launches import Launch
 from engine.device import Program
@@ -43,6 +44,7 @@ class CUDAProgram(Program):
         self.counts = list({node.rows: None for node in plan.nodes})
         self.mirrors = {device.mirrors[t] for node in plan.nodes for t in [*node.tensors.values(), node.rows]
                         if t in device.mirrors}  # fmt: skip
+        self.cublas = device.cublas
         self.scratch = device.scratch(max(self._scratch_bytes(), 1))
         collectives = [node for node in plan.nodes if node.op.collective]
         self.max_recorded = MAX_RECORDED * (1 + len(collectives))
@@ -60,8 +62,11 @@ class CUDAProgram(Program):
                 most = max(most, *(launch.share * launch.shares for launch in self._launches(i, rows)))
         return most
 
-    def _launches(self, index: int, rows: int) -> list[Launch]:
-        found: list[Launch] = getattr(launches, self.nodes[index].op.name)(self.structs[index], rows)
+    def _launches(self, index: int, rows: int) -> list[Launch | Gemm]:
+        name, struct = self.nodes[index].op.name, self.structs[index]
+        if self.cublas and name == "matmul" and cublas.takes(struct, rows):
+            return cublas.matmul(struct, rows)
+        found: list[Launch | Gemm] = getattr(launches, name)(struct, rows)
         return found
 
     def _pieces(self, first: int, last: int, rows: dict[Tensor, int]) -> Iterator[Piece]:
@@ -87,8 +92,10 @@ class CUDAProgram(Program):
             self.fused[key] = [Piece(part.nodes, part.main, [call] if call else []) for part, call in bound]
         return self.fused[key]
 
-    def _bind(self, launch: Launch, *structs: Any) -> Callable[[], None] | None:
+    def _bind(self, launch: Launch | Gemm, *structs: Any) -> Callable[[], None] | None:
         """A launch, ready to be called; None where it has no blocks."""
+        if isinstance(launch, Gemm):
+            return self.cublas.bind(launch, structs[0], self.scratch.address)  # type: ignore[union-attr]
         if min(launch.grid) == 0:
             return None
         team = np.array([self.device.control.address, self.scratch.address, launch.share], np.uint64)  # of common.cuh

@@ -56,13 +56,13 @@ class Mirror:
 
 class CUDADevice(Device):
     """fuses: whether plans lowered from now on have some nodes launched together (engine/cuda/fusion.py); not where the
-    environment has RILL_CUDA_FUSION=0."""
+    environment has RILL_CUDA_FUSION=0. cublas: what multiplies many rows in them; None: our own kernels."""
 
     type = "cuda"
 
     def __init__(self, driver: Driver) -> None:
         self.fuses = os.environ.get("RILL_CUDA_FUSION", "") != "0"
-        self.driver, self.description = driver, driver.description
+        self.driver, self.description, self.cublas = driver, driver.description, driver.cublas
         self.stop, self.notes, self.details = False, [], []
         self.control = DeviceArray(Allocation(driver, abi.ffi.sizeof("struct control")), (3,), np.dtype(np.int32))
         self.control[:] = 0
@@ -197,8 +197,9 @@ class CUDADevice(Device):
 
     def multiply_limit(self, dtype: np.dtype, rounds: int = 20_000) -> float:
         """Floating-point operations a second of products with weights or a cache of that dtype: bf16 and quants by
-        tensor cores, everything else by multiply-adds. Measured now, the best of a few."""
-        launch, operations = launches.multiply("f32" if dtype in (abi.FLOAT32, abi.FLOAT16) else "bf16")
+        tensor cores, where there is cuBLAS f16, too, and the rest by multiply-adds. Measured now, the best of a few."""
+        adds = dtype == abi.FLOAT32 or (dtype == abi.FLOAT16 and not self.cublas)
+        launch, operations = launches.multiply("f32" if adds else "bf16")
         return operations * rounds / self._least_seconds(launch, [0, 0, rounds])
 
     def _least_seconds(self, launch: Launch, numbers: list[int]) -> float:

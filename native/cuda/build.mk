@@ -2,7 +2,8 @@
 #
 #   cuda       $(LIBRARIES)/cuda/<source>.fatbin, where nvcc is found: machine code for each of CUBINS, and PTX for
 #              later GPUs, of which the driver takes what suits; built_from.txt has the digests of the sources
-#   emulation  build/cuda/libcuda_emulation.so: the same sources by the host's C++ compiler, for tests
+#   emulation  build/cuda/libcuda_emulation.so: the same sources by the host's C++ compiler, for tests;
+#              libcublas_emulation.so beside it: what they call of cuBLAS
 # engine/cuda/kernels.py, which builds at first use what is not built here, looks in the same places.
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 CXX ?= c++
@@ -39,7 +40,7 @@ $(LIBRARIES)/cuda/%.fatbin: native/cuda/%.cu $(HEADERS) native/cuda/nvcc.flags n
 CXX_FLAGS := -std=c++17 -Inative -Inative/cuda -O2 -fPIC -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas $(CXXFLAGS)
 OBJECTS := $(NAMES:%=$(BUILD)/%.o) $(BUILD)/emulation.o
 
-emulation: $(BUILD)/libcuda_emulation.so
+emulation: $(BUILD)/libcuda_emulation.so $(BUILD)/libcublas_emulation.so
 
 $(BUILD)/%.o: native/cuda/%.cu $(HEADERS)
 	@mkdir -p $(@D) && echo 'emulation: $<'
@@ -48,4 +49,6 @@ $(BUILD)/%.o: native/cuda/%.cpp $(HEADERS)
 	@mkdir -p $(@D) && echo 'emulation: $<'
 	@$(CXX) $(CXX_FLAGS) -c $< -o $@
 $(BUILD)/libcuda_emulation.so: $(OBJECTS)
-	@$(CXX) -shared $(OBJECTS) -o $@.$$$$ && mv -f $@.$$$$ $@
+$(BUILD)/libcublas_emulation.so: $(BUILD)/emulated_cublas.o
+$(BUILD)/lib%.so:
+	@$(CXX) -shared $^ -o $@.$$$$ && mv -f $@.$$$$ $@

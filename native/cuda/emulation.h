@@ -101,7 +101,7 @@ static inline uint16_t f32_to_f16(float f)
         return (uint16_t)(f != f ? 0x7fff : sign | 0x7c00);
     int exponent = 0;
     frexpf(magnitude, &exponent);
-    exponent = exponent < -13 ? -13 : exponent; /* below it numbers are subnormal */
+    exponent = exponent < -13 || magnitude == 0.0f ? -13 : exponent; /* below it numbers are subnormal */
     int count = (int)rintf(ldexpf(magnitude, 11 - exponent));
     return (uint16_t)(sign | (count + (exponent + 13) * 1024)); /* a count of 2,048 carries into the exponent */
 }
