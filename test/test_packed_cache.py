@@ -1,4 +1,5 @@
-"""The cache of quantised weights: a model is quantised once, and nothing stale or broken is ever taken from it."""
+"""The cache of quantised weights: a model is quantised once, and nothing stale or broken is ever taken from it. By the
+CPU, and by a GPU in emulation and, with `pytest -m cuda`, a real one."""
 
 from __future__ import annotations
 
@@ -13,13 +14,24 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from harness import cpu_devices
+from emulated_cuda import EmulatedDriver, emulated_devices, library
+from harness import cpu_devices, gpu_devices
 
 from demo import infer
 from engine import LLM, UsageError
-from engine.device.cpu import CPUDevice
-from engine.files.packed_cache import LAYOUT, cache_directory, cache_name, make_room, write_cached
-from engine.layer import matrix
+from engine.cuda import arena
+from engine.cuda.device_array import DeviceArray
+from engine.device import cuda
+from engine.files.packed_cache import (
+    CHECKSUM,
+    LAYOUTS,
+    HostArena,
+    cache_directory,
+    cache_name,
+    make_room,
+    write_cached,
+)
+from engine.layer import Weight, matrix, vector
 from engine.quantised import Format, QuantisedMatrix
 
 IDS = [1, 7, 3, 9]
@@ -36,11 +48,31 @@ def model(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> EmulatedDriver:
+    """What the cuda device finds when it looks for a GPU."""
+    if not emulated_devices():
+        pytest.skip("no C++ compiler for the emulation")
+    driver = EmulatedDriver(library())
+    monkeypatch.setattr(cuda, "open_driver", lambda place: driver)
+    return driver
+
+
+@pytest.fixture(params=["cpu", "cuda", pytest.param("gpu", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """A type of device that models are loaded on."""
+    if request.param == "gpu":
+        return "cuda" if gpu_devices() else pytest.skip("no GPU")
+    if request.param == "cuda":
+        request.getfixturevalue("emulated")
+    return str(request.param)
+
+
 def forbid_quantising(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("was quantised again")
 
-    monkeypatch.setattr(CPUDevice, "quantise", refuse)
+    monkeypatch.setattr(Weight, "quantised_rows", refuse)
 
 
 def logits(model: Path, **options: Any) -> np.ndarray:
@@ -49,54 +81,94 @@ def logits(model: Path, **options: Any) -> np.ndarray:
 
 
 def test_the_second_load_takes_what_the_first_has_kept(
-    model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, home: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = logits(model)
+    first = logits(model, device=device)
     assert len(list(home.iterdir())) == 1
     forbid_quantising(monkeypatch)
-    assert np.array_equal(logits(model), first)
+    assert np.array_equal(logits(model, device=device), first)
+    with pytest.raises(AssertionError, match="quantised again"):
+        logits(model, device=device, cache=False)
+    with pytest.raises(AssertionError, match="quantised again"):
+        logits(model, device=device, dtype="int4")
+
+
+def test_every_isa_takes_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = logits(model)
+    forbid_quantising(monkeypatch)
     assert np.array_equal(logits(model, isa="baseline", threads=1).argmax(axis=1), first.argmax(axis=1))
-    with pytest.raises(AssertionError, match="quantised again"):
-        logits(model, cache=False)
-    with pytest.raises(AssertionError, match="quantised again"):
-        logits(model, dtype="int4")
 
 
-def test_plain_weights_and_no_cache_leave_nothing(model: Path, home: Path) -> None:
-    logits(model, dtype="auto")
-    logits(model, cache=False)
+def test_devices_keep_files_of_their_own(
+    model: Path, home: Path, emulated: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {device: logits(model, device=device) for device in ("cpu", "cuda")}
+    one, other = kept(home)
+    assert {one[40:], other[40:]} == {f".{device}{LAYOUTS[device]}.weights" for device in first}
+    assert one[:20] != other[:20], "one would count as a rank's part of the other"
+    forbid_quantising(monkeypatch)
+    for device, before in first.items():
+        assert np.array_equal(logits(model, device=device), before)
+
+
+def test_a_gpu_is_read_and_filled_in_pieces(
+    model: Path, home: Path, emulated: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through its pinned memory: the whole never lies in that of the host."""
+    before = logits(model, device="cuda", cache=False)
+    monkeypatch.setattr(arena, "STAGED", 100_000)
+    sizes: list[int] = []
+    staging = emulated.staging
+
+    def noting(size: int) -> np.ndarray:
+        sizes.extend([size] if size else [])
+        return staging(size)
+
+    monkeypatch.setattr(emulated, "staging", noting)
+    for made in (True, False):
+        sizes.clear()
+        assert np.array_equal(logits(model, device="cuda"), before)
+        (file,) = home.iterdir()
+        count, rest = divmod(file.stat().st_size - CHECKSUM, 100_000)
+        assert sizes[-count - 1 :] == [100_000] * count + [rest] and made == (len(sizes) > count + 1)
+
+
+def test_plain_weights_and_no_cache_leave_nothing(model: Path, home: Path, device: str) -> None:
+    logits(model, device=device, dtype="auto")
+    logits(model, device=device, cache=False)
     assert not home.exists()
 
 
-def test_a_file_that_changed_is_another_model(model: Path, home: Path) -> None:
-    before = logits(model)
+def test_a_file_that_changed_is_another_model(model: Path, home: Path, device: str) -> None:
+    before = logits(model, device=device)
     file = model / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-64:] = bytes(64)
     file.write_bytes(data)
-    assert not np.array_equal(logits(model), before)
+    assert not np.array_equal(logits(model, device=device), before)
     assert len(list(home.iterdir())) == 2
 
 
-def test_what_is_cut_short_is_made_again(model: Path, home: Path) -> None:
-    before = logits(model)
+def test_what_is_cut_short_is_made_again(model: Path, home: Path, device: str) -> None:
+    before = logits(model, device=device)
     kept = next(home.iterdir())
     whole = kept.read_bytes()
     kept.write_bytes(whole[:-1])
-    assert np.array_equal(logits(model), before) and kept.read_bytes() == whole
+    assert np.array_equal(logits(model, device=device), before) and kept.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_harmless(
-    model: Path, home: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, home: Path, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home.parent.mkdir(parents=True)
     home.write_text("in the way")
-    assert infer.main([str(model), "--raw", "-p", "a", "-n", "2", "--dtype", "int4"]) == 0
+    command = [str(model), "--raw", "-p", "a", "-n", "2", "--dtype", "int4", "--device", device]
+    assert infer.main(command) == 0
     said = capsys.readouterr().err
     assert said.count("quantised weights are not kept: ") == 1 and "exists" in said
     assert home.read_text() == "in the way"
     home.unlink()
-    assert infer.main([str(model), "--raw", "-p", "a", "-n", "2", "--dtype", "int4", "--no-cache"]) == 0
+    assert infer.main([*command, "--no-cache"]) == 0
     assert not home.exists() and "not kept" not in capsys.readouterr().err
 
 
@@ -112,30 +184,40 @@ def test_a_file_that_changed_in_place_is_another_model(model: Path, home: Path) 
     assert not np.array_equal(logits(model), before)
 
 
-def test_other_contents_are_not_taken(model: Path, home: Path) -> None:
-    before = logits(model)
+def test_other_contents_are_not_taken(model: Path, home: Path, device: str) -> None:
+    before = logits(model, device=device)
     kept = next(home.iterdir())
-    whole = bytearray(kept.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    kept.write_bytes(whole)
-    assert np.array_equal(logits(model), before)
+    whole = kept.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    kept.write_bytes(damaged)
+    assert np.array_equal(logits(model, device=device), before) and kept.read_bytes() == whole
+
+
+def test_progress_ends_at_all_bytes(model: Path, device: str) -> None:
+    for kept in (False, True):
+        seen: list[tuple[int, int]] = []
+        options: Any = {"dtype": "int8", "max_seq_len": 16, "device": device}
+        with LLM(model, **options, progress=lambda *so_far, seen=seen: seen.append(so_far)) as llm:
+            total = llm.runner.weight_bytes
+        assert seen[-1] == (total, total) and (len(seen) == 1) == kept
 
 
 def test_every_format_has_a_name_of_its_own(model: Path) -> None:
-    names = set()
+    names: set[str] = set()
     for dtype in ("int8", "int8-32", "int4", "int4-64"):
         with LLM(model, dtype=dtype, max_seq_len=16, cache=False) as llm:
-            names.add(cache_name(llm.runner.weights))
-    assert len(names) == 4
+            names.update(cache_name(llm.runner.weights, device) for device in LAYOUTS)
+    assert len(names) == 4 * len(LAYOUTS)
 
 
-def test_without_a_home_models_load_all_the_same(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_models_load_all_the_same(model: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr(Path, "home", homeless)
-    with LLM(model, dtype="int8", max_seq_len=16, device="cpu") as llm:
+    with LLM(model, dtype="int8", max_seq_len=16, device=device) as llm:
         assert llm.device.notes == ["quantised weights are not kept: Could not determine home directory."]
 
 
@@ -150,15 +232,18 @@ def test_a_disk_that_is_full_keeps_nothing_half_written(home: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # Python ignores the signal that comes with it
     try:
-        said = write_cached(NAMES[0], np.ones(2 << 20, np.uint8))
+        said = write_cached(NAMES[0], HostArena(np.ones(2 << 20, np.uint8)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "too large" in said and kept(home) == []
-    assert write_cached(NAMES[0], np.ones(2 << 20, np.uint8)) == "" and kept(home) == [NAMES[0]]
+    assert write_cached(NAMES[0], HostArena(np.ones(2 << 20, np.uint8))) == "" and kept(home) == [NAMES[0]]
 
 
 KINDS = ("int8", "int4", "uint8", "uint4", "float32", "bfloat16", "float16")
-LAYOUTS = {2: "7792ccf4c1e5688f240c4e84a30d428607aad6eb6f16d7fa03ecdb2b68fa5462"}
+DIGESTS = {
+    "cpu2": "7792ccf4c1e5688f240c4e84a30d428607aad6eb6f16d7fa03ecdb2b68fa5462",
+    "cuda1": "f5fd25406cb8ce53c4b4eff4c995591abcf0f8289a19964da4d25bea8d320553",
+}
 
 
 def counted(kind: str, shape: tuple[int, int]) -> Any:
@@ -171,19 +256,35 @@ def counted(kind: str, shape: tuple[int, int]) -> Any:
     return QuantisedMatrix(Format(dtype, 32), quants, scales, scales + 7 if "u" in kind else None)
 
 
+def packed(device: Any, weights: list[Weight]) -> np.ndarray:
+    """What a device makes of weights, as it would be kept."""
+    device.load(weights)
+    if device.type == "cpu":
+        return np.asarray(device.arena)
+    memory = weights[0].storage.allocation
+    return DeviceArray(memory, (memory.size,), np.dtype(np.uint8)).copy()
+
+
 def test_another_layout_has_another_number() -> None:
-    """What is kept is taken as it is. So where other bytes come of the same weights, LAYOUT has to be raised, and then
-    they have another digest here."""
+    """What is kept is taken as it is. So where other bytes come of the same weights, the device's number in LAYOUTS has
+    to be raised, and then they have another digest here."""
     weights = [matrix(kind, [counted(kind, shape)]) for kind in KINDS for shape in ((16, 128), (19, 77))]
-    for device in cpu_devices():
-        assert isinstance(device, CPUDevice)
-        device.load(weights)
-        assert LAYOUTS.get(LAYOUT) == hashlib.sha256(device.arena.tobytes()).hexdigest(), device.description
+    for device in (*cpu_devices(), *emulated_devices(), *gpu_devices()):
+        found = hashlib.sha256(packed(device, weights).tobytes()).hexdigest()
+        assert DIGESTS.get(f"{device.type}{LAYOUTS[device.type]}") == found, device.description
+
+
+def test_no_byte_of_a_gpu_is_kept_as_it_was() -> None:
+    """Behind the ends of rows and of vectors: an emulated GPU's memory holds 0xFF until it is written."""
+    weights = [vector("v", np.ones(3, np.float32)), matrix("m", [np.ones((2, 5), np.float32)])]
+    for device in emulated_devices():
+        memory = packed(device, weights).view(np.float32)
+        assert memory.size > 13 and np.sort(memory).tolist() == [0] * (memory.size - 13) + [1] * 13
 
 
 # How much is kept.
 
-NAMES = [f"{digit * 40}.{LAYOUT}.weights" for digit in "abcd"]
+NAMES = [f"{digit * 40}.{type}{LAYOUTS[type]}.weights" for digit, type in zip("abcd", [*LAYOUTS] * 2, strict=True)]
 MB = 1_000_000
 
 
@@ -205,13 +306,13 @@ def test_the_longest_unused_go_first(home: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RILL_CACHE_GB", "0.004")
     assert make_room(NAMES[1], MB) == "" and len(kept(home)) == 4
     monkeypatch.setenv("RILL_CACHE_GB", "0.003")
-    assert make_room("e" * 40 + ".2.weights", MB).endswith("of no use or unused for longest: 2 files, 0.002 GB")
+    assert make_room("e" * 40 + NAMES[0][40:], MB).endswith("of no use or unused for longest: 2 files, 0.002 GB")
     assert kept(home) == [NAMES[1], NAMES[2]], "the one that was the oldest has been used since"
 
 
 def test_ranks_leave_each_others_parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RILL_CACHE_GB", "0.002")
-    part = f"{'c' * 20}{'d' * 20}.{LAYOUT}.weights"  # NAMES[2] is another of the same model
+    part = f"{'c' * 20}{'d' * 20}{NAMES[2][40:]}"  # NAMES[2] is another of the same model
     for name, used in ((part, 99), (NAMES[0], 10), (NAMES[1], 20), (NAMES[3], 30)):
         fill(home, name, used)
     assert "longest: 2 files" in make_room(NAMES[2], MB)
@@ -226,12 +327,13 @@ def test_what_is_used_now_stays_whatever_the_limit(home: Path, monkeypatch: pyte
 
 
 def test_older_layouts_and_what_was_never_finished_go(home: Path) -> None:
-    old, older = f"{'a' * 40}.{LAYOUT - 1}.weights", f"{'a' * 40}.weights"
-    stays = [f"{'a' * 40}.{LAYOUT + 1}.weights", NAMES[1], NAMES[2] + "xyz.part", "notes.txt", "b.weights"]
-    for name in (old, older, *stays):
+    older = [f"{'a' * 40}.{type}{layout - 1}.weights" for type, layout in LAYOUTS.items()]
+    newer = [f"{'a' * 40}.{type}{layout + 1}.weights" for type, layout in LAYOUTS.items()]
+    stays = [*newer, f"{'a' * 40}.npu1.weights", NAMES[1], NAMES[2] + "xyz.part", "notes.txt", "b.weights"]
+    for name in (*older, f"{'a' * 40}.2.weights", f"{'a' * 40}.weights", *stays):
         fill(home, name, 60)
     fill(home, NAMES[3] + "xyz.part", 25 * 3600)
-    assert "longest: 3 files, " in make_room(NAMES[1], MB)
+    assert "longest: 5 files, " in make_room(NAMES[1], MB)
     assert kept(home) == sorted(stays)
 
 
@@ -263,10 +365,12 @@ def test_two_processes_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert kept(home) == [NAMES[2], NAMES[3]]
 
 
-def test_a_model_larger_than_the_limit_is_not_kept(model: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_larger_than_the_limit_is_not_kept(
+    model: Path, home: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = fill(home, NAMES[0], 1, size=100)
     monkeypatch.setenv("RILL_CACHE_GB", "1e-6")
-    with LLM(model, dtype="int8", max_seq_len=16, device="cpu") as llm:
+    with LLM(model, dtype="int8", max_seq_len=16, device=device) as llm:
         assert len(llm.device.notes) == 1 and "GB that RILL_CACHE_GB allows" in llm.device.notes[0]
     assert kept(home) == [other.name]
 

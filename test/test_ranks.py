@@ -19,7 +19,7 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.abi import INT4
 from engine.errors import UsageError
-from engine.files.packed_cache import cache_name
+from engine.files.packed_cache import KIN, LAYOUTS, cache_name
 from engine.layer import matrix
 from engine.machine import available_cores
 from engine.quantised import Format, quantise
@@ -634,9 +634,10 @@ def test_quantised_sources_stay_so_where_no_group_is_cut() -> None:
 def test_parts_are_kept_apart_in_the_cache_directory() -> None:
     values = np.ones((64, 64), np.float32)
     halves = [Split(rank, 2).inputs(values) for rank in range(2)]
-    assert len({cache_name([matrix("w", [source], "int8")]) for source in (values, *halves)}) == 3
-    again = Columns(values, 32, 64)
-    assert cache_name([matrix("w", [halves[1]], "int8")]) == cache_name([matrix("w", [again], "int8")])
+    for device in LAYOUTS:
+        names = [cache_name([matrix("w", [source], "int8")], device) for source in (values, *halves)]
+        assert len(set(names)) == 3 and len({name[:KIN] for name in names}) == 1
+        assert cache_name([matrix("w", [Columns(values, 32, 64)], "int8")], device) == names[2]
 
 
 def test_sources_are_cut_as_arrays_are() -> None:

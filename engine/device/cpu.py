@@ -15,7 +15,7 @@ from engine.cpu.huge_pages import ALIGNMENT
 from engine.cpu.program import NativeProgram, check_not_forked
 from engine.device import ALONE, Device, Place, Program, Progress
 from engine.errors import RillError, UsageError
-from engine.files.packed_cache import cache_name, make_room, read_cached, write_cached
+from engine.files.packed_cache import HostArena, load_arena
 from engine.pages import pack_cache, unpack_cache
 from engine.quantised import Format, QuantisedMatrix, check_range
 
@@ -106,26 +106,12 @@ class CPUDevice(Device):
 
     def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
         check_not_forked()
-        total = self._place(weights)
-        kept = cache_name(weights) if cache and any(weight.group for weight in weights) else None
-        if kept and (removed := make_room(kept, total)):
-            self.details.append(removed)
-        if kept and read_cached(kept, self.arena):
-            if progress:
-                progress(total, total)
-            return
-        done = 0
-        for weight in weights:
-            self._load(weight)
-            done += self.weight_bytes(weight)
-            if progress:
-                progress(done, total)
+        self._place(weights)
+        load_arena(self, weights, HostArena(self.arena), self._load, progress, cache)
         self.library.release_threads()  # steps have another thread
-        if kept and (problem := write_cached(kept, self.arena)):
-            self.notes.append(f"quantised weights are not kept: {problem}")
 
-    def _place(self, weights: Sequence[Weight]) -> int:
-        """Gives all weights their memory, one after another. Returns how much that is."""
+    def _place(self, weights: Sequence[Weight]) -> None:
+        """Gives all weights their memory, one after another."""
         sizes = [self.weight_bytes(weight) for weight in weights]
         self.arena, start = huge_pages.reserve(sum(sizes)), 0
         for weight, size in zip(weights, sizes, strict=True):
@@ -136,7 +122,6 @@ class CPUDevice(Device):
             else:
                 count = int(np.prod(weight.shape, dtype=np.int64))
                 weight.storage = memory[: count * weight.dtype.itemsize].view(weight.dtype).reshape(weight.shape)
-        return sum(sizes)
 
     def _load(self, weight: Weight) -> None:
         if weight.layout != "matrix":

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine import abi, machine
 from engine.cuda import launches
+from engine.cuda.arena import STAGED, StagedArena
 from engine.cuda.device_array import Allocation, DeviceArray
 from engine.cuda.driver import open_driver
 from engine.cuda.launches import Launch, ceil_div, row_bytes
@@ -19,6 +20,7 @@ from engine.cuda.panels import Panels
 from engine.cuda.program import CUDAProgram, exchanged_bytes
 from engine.device import ALONE, Cancelled, Device, Place, Program, Progress, failure
 from engine.errors import RillError, UsageError
+from engine.files.packed_cache import load_arena
 from engine.int8 import Int8Array, dequantise, quantise
 from engine.quantised import Format
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from engine.layer import Weight
     from engine.plan import Node, Plan, Tensor
 
-STAGED = 8 << 20  # bytes of a weight that are on their way at once
 UINT8 = np.dtype(np.uint8)
 PANEL = int(abi.constants.PANEL)
 
@@ -101,22 +102,34 @@ class CUDADevice(Device):
         return self._array((size,), UINT8)
 
     def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
-        total, done = sum(self.weight_bytes(weight) for weight in weights), 0
-        arena = self._array((total,), UINT8)
-        for weight in weights:
-            size = self.weight_bytes(weight)
-            memory = arena.part(done, (size,), UINT8)
-            if weight.layout == "matrix":
-                weight.storage = memory
-                self._load_quantised(weight) if weight.group else self._load_matrix(weight)
-            else:
-                weight.storage = memory.part(0, weight.shape, weight.dtype)
-                parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
-                self.driver.write(memory.address, np.concatenate([part.astype(weight.dtype) for part in parts]))
-            done += size
-            if progress:
-                progress(done, total)
+        arena = StagedArena(self.driver, self._place(weights))
+        load_arena(self, weights, arena, self._load, progress, cache)
         self.driver.synchronise()
+
+    def _place(self, weights: Sequence[Weight]) -> DeviceArray:
+        """Gives all weights their memory, one after another, and returns it."""
+        sizes = [self.weight_bytes(weight) for weight in weights]
+        arena, start = self._array((sum(sizes),), UINT8), 0
+        for weight, size in zip(weights, sizes, strict=True):
+            memory = arena.part(start, (size,), UINT8)
+            weight.storage = memory if weight.layout == "matrix" else memory.part(0, weight.shape, weight.dtype)
+            start += size
+        return arena
+
+    def _load(self, weight: Weight) -> None:
+        if weight.layout != "matrix":
+            self._load_dense(weight)
+        elif weight.group:
+            self._load_quantised(weight)
+        else:
+            self._load_matrix(weight)
+
+    def _load_dense(self, weight: Weight) -> None:
+        parts = [s.read() if hasattr(s, "read") else np.asarray(s) for s in weight.sources]
+        values = np.concatenate([part.astype(weight.dtype) for part in parts])
+        padded = np.zeros(self.weight_bytes(weight), np.uint8)  # so that no byte is left as it was
+        padded[: values.nbytes] = values.reshape(-1).view(np.uint8)
+        self.driver.write(weight.storage.address, padded)
 
     def _load_matrix(self, weight: Weight) -> None:
         """Reads rows into one small pinned buffer while another is on its way."""

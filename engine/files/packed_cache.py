@@ -1,9 +1,9 @@
 """Keeps quantised weights in the user's cache directory, so that a model is quantised once.
 
 A file holds what a device made of all weights, byte for byte. Its name says of what: a digest of the files that the
-weights come from (which file, its size, when it changed, where in it), of their shapes and formats, and of the version
-of the layout. Files are written beside their place and renamed; any may be deleted at any time. Before each use what is
-of no use any more is, and what has not been used for longest where there is too much.
+weights come from (which file, its size, when it changed, where in it), of their shapes and formats, and for which kind
+of device, with the version of its layout. Files are written beside their place and renamed; any may be deleted at any
+time. Before each use what is of no use any more is, and what has not been used for longest where there is too much.
 """
 
 from __future__ import annotations
@@ -16,23 +16,71 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from engine.device import Device, Progress
 from engine.errors import UsageError
 from engine.layer import Weight
 from engine.ranks.split import Part
 
-LAYOUT = 2  # to be raised whenever packed matrices or quantisation change
-STEP = 64 << 20  # bytes read at once
+LAYOUTS = {"cpu": 2, "cuda": 1}  # of a type of device: to be raised whenever its packed matrices or quantisation change
+STEP = 64 << 20  # bytes of the host's memory that are read or written at once
 SHARE = 1 / 4  # of the disk, at most
+CHECKSUM = 8  # bytes at the end of a file
 KIN = 20  # first digits of a name: those of the ranks' parts of a model are the same
 ABANDONED = 24 * 3600  # seconds after which nobody is writing a file any more
-NAME = re.compile(r"[0-9a-f]{40}(?:\.(?P<layout>[0-9]+))?\.weights(?P<unfinished>.*\.part)?")
+NAME = re.compile(r"[0-9a-f]{40}(?:\.(?P<type>[a-z]*)(?P<layout>[0-9]+))?\.weights(?P<unfinished>.*\.part)?")
+
+
+class Arena(Protocol):
+    """The memory of all weights of a device: its bytes, from the first to the last, in pieces that the host reaches."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def to_fill(self) -> Iterable[np.ndarray]:
+        """Pieces to write into. What is in one counts when the next has been asked for."""
+
+    def to_read(self) -> Iterable[np.ndarray]:
+        """What they hold. Each stays as it is until the next is asked for."""
+
+
+class HostArena:
+    """An arena in the host's own memory, read and written where it lies."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory, self.nbytes = memory, memory.nbytes
+
+    def to_fill(self) -> Iterator[np.ndarray]:
+        return (self.memory[start : start + STEP] for start in range(0, self.nbytes, STEP))
+
+    to_read = to_fill
+
+
+def load_arena(device: Device, weights: Sequence[Weight], arena: Arena, load: Callable[[Weight], None],
+               progress: Progress | None, cache: bool) -> None:  # fmt: skip
+    """Fills a device's arena with what is kept of these weights, or has them loaded one by one and keeps what came of
+    it; without `cache`, or where none is quantised, nothing is kept or taken. See Device.load."""
+    total, done = sum(device.weight_bytes(weight) for weight in weights), 0
+    name = cache_name(weights, device.type) if cache and any(weight.group for weight in weights) else ""
+    if name and (removed := make_room(name, total)):
+        device.details.append(removed)
+    if name and read_cached(name, arena):
+        if progress:
+            progress(total, total)
+        return
+    for weight in weights:
+        load(weight)
+        done += device.weight_bytes(weight)
+        if progress:
+            progress(done, total)
+    if name and (problem := write_cached(name, arena)):
+        device.notes.append(f"quantised weights are not kept: {problem}")
 
 
 def cache_directory() -> Path:
@@ -44,15 +92,16 @@ def cache_directory() -> Path:
         raise OSError(str(error)) from None
 
 
-def cache_name(weights: Sequence[Weight]) -> str:
-    """What the file of these weights is called."""
-    described: list[Any] = [LAYOUT]
+def cache_name(weights: Sequence[Weight], type: str) -> str:
+    """What the file of these weights is called, as a type of device packs them."""
+    packing = f"{type}{LAYOUTS[type]}"
+    described: list[Any] = []
     for weight in weights:
         origins = [_origin(source) for source in weight.sources]
         described.append([weight.name, weight.shape, weight.dtype.name, weight.group, origins])
     files = {path for weight in weights for source in weight.sources for path in _files(source)}
     states = sorted((path.stat().st_ino, path.stat().st_mtime_ns) for path in files)
-    return f"{_digest(states)[:KIN]}{_digest(described)[: 40 - KIN]}.{LAYOUT}.weights"
+    return f"{_digest([packing, states])[:KIN]}{_digest(described)[: 40 - KIN]}.{packing}.weights"
 
 
 def _digest(content: Any) -> str:
@@ -118,7 +167,7 @@ def make_room(name: str, size: int) -> str:
                 continue
             if match["unfinished"]:
                 goes = status.st_mtime < time.time() - ABANDONED
-            elif int(match["layout"] or 0) < LAYOUT:
+            elif not match["type"] or int(match["layout"]) < LAYOUTS.get(match["type"], 0):
                 goes = True
             else:
                 room -= status.st_size
@@ -140,34 +189,38 @@ def _kept(directory: Path) -> Iterator[tuple[re.Match[str], os.stat_result]]:
                     yield match, entry.stat(follow_symlinks=False)
 
 
-def read_cached(name: str, memory: np.ndarray) -> bool:
-    """Fills a memory with what is kept. False if there is nothing, or not all of it as it was written; then the memory
+def read_cached(name: str, arena: Arena) -> bool:
+    """Fills an arena with what is kept. False if there is nothing, or not all of it as it was written; then the arena
     may hold part of it."""
+    checksum = 0
     try:
         path = cache_directory() / name
-        if not path.is_file() or path.stat().st_size != memory.nbytes + len(_checksum(memory[:0])):
+        if not path.is_file() or path.stat().st_size != arena.nbytes + CHECKSUM:
             return False
         with path.open("rb", buffering=0) as file:
-            for start in range(0, memory.nbytes, STEP):
-                piece = memory[start : start + STEP]
+            for piece in arena.to_fill():
                 if file.readinto(piece.data) != piece.nbytes:
                     return False
-            return file.read() == _checksum(memory)
+                checksum = zlib.crc32(piece.data, checksum)
+            return file.read() == checksum.to_bytes(CHECKSUM, "little")
     except OSError:
         return False
 
 
-def write_cached(name: str, memory: np.ndarray) -> str:
-    """Keeps a memory. Returns why that was not possible, else nothing: a model runs without, too."""
+def write_cached(name: str, arena: Arena) -> str:
+    """Keeps an arena. Returns why that was not possible, else nothing: a model runs without, too."""
+    checksum = 0
     try:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
-        if memory.nbytes > (limit := cache_limit(directory)):
-            return f"{memory.nbytes / 1e9:.1f} GB are more than the {limit / 1e9:.1f} GB that RILL_CACHE_GB allows"
+        if arena.nbytes > (limit := cache_limit(directory)):
+            return f"{arena.nbytes / 1e9:.1f} GB are more than the {limit / 1e9:.1f} GB that RILL_CACHE_GB allows"
         with tempfile.NamedTemporaryFile(dir=directory, prefix=name, suffix=".part", delete=False) as file:
             try:
-                file.write(memory.data)
-                file.write(_checksum(memory))
+                for piece in arena.to_read():
+                    file.write(piece.data)
+                    checksum = zlib.crc32(piece.data, checksum)
+                file.write(checksum.to_bytes(CHECKSUM, "little"))
                 file.close()
                 os.replace(file.name, directory / name)
             except BaseException:
@@ -176,7 +229,3 @@ def write_cached(name: str, memory: np.ndarray) -> str:
     except OSError as error:
         return error.strerror and f"{error.filename}: {error.strerror}" or str(error)
     return ""
-
-
-def _checksum(memory: np.ndarray) -> bytes:
-    return zlib.crc32(memory.data).to_bytes(8, "little")
