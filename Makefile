@@ -53,7 +53,7 @@ lint: $(VENV)/rill-dev
 # The tests that reach native code or read untrusted files: one an op, the device, the plan, the loader.
 SANITIZED := build/sanitized
 NATIVE_TESTS := $(wildcard $(patsubst engine/ops/%.py,test/test_%.py,$(wildcard engine/ops/*.py)) \
-                  $(foreach name,sanitizer cpu_device meeting kvcache plan checkpoint bad_safetensors process quantised packed_cache bad_gguf shares,test/test_$(name).py))
+                  $(foreach name,sanitizer cpu_device meeting kvcache plan checkpoint bad_safetensors process quantised packed_cache bad_gguf shares gated,test/test_$(name).py))
 
 sanitize: $(VENV)/rill-dev
 	@$(MAKE) native SANITIZE=1 LIBRARIES=$(SANITIZED)

@@ -79,9 +79,11 @@ class Weight(Tensor):
 
 
 def stored_dtype(source: Any) -> np.dtype:
-    """The NumPy dtype of a source."""
+    """The dtype that a source keeps: its own, or float32 for an array of any other."""
     names = {"F32": FLOAT32, "BF16": BFLOAT16, "F16": FLOAT16}
-    return names[source.dtype] if isinstance(source.dtype, str) else np.dtype(source.dtype)
+    if isinstance(source.dtype, str):
+        return names[source.dtype]
+    return np.dtype(source.dtype) if source.dtype in names.values() else FLOAT32
 
 
 def format_in(source: Any) -> Format | None:

@@ -38,8 +38,8 @@ struct control {
 
 struct worker;
 
-/* run_with_next: NULL, or what does this node and the next one at once, where both are to run. Nobody reads what comes
- * between them.
+/* run_with_next: NULL, or what does this node and the next one at once, where both are to run and no times are wanted.
+ * Nobody reads what comes between them.
  * work: what the node has to do now, in bytes that it reads; four floating-point operations, which take about as long,
  * count as one. NULL where it has little to do, or every thread is to take part whatever there is to do. */
 struct node {

@@ -113,21 +113,19 @@ static void run_nodes(const struct node *nodes, int32_t count, struct worker *me
 {
     int64_t begin = times ? now() : 0;
     bool go_on = true;
-    for (int32_t i = 0, done = 0; i < count && go_on; i += done) {
-        done = nodes[i].run_with_next && i + 1 < count ? 2 : 1;
-        if (done == 2)
+    for (int32_t i = 0; i < count && go_on; i++) {
+        bool with_next = nodes[i].run_with_next && i + 1 < count && !times; /* else each node has a time of its own */
+        if (with_next)
             nodes[i].run_with_next(nodes[i].op, nodes[i + 1].op, me);
         else
             nodes[i].run(nodes[i].op, me);
         int64_t end = times ? now() : 0;
         go_on = team_wait(me);
         if (times) {
-            int64_t passed = now();
-            times[i] = (struct node_times){begin, end, passed};
-            if (done == 2)
-                times[i + 1] = (struct node_times){passed, passed, passed};
-            begin = passed;
+            times[i] = (struct node_times){begin, end, now()};
+            begin = times[i].passed;
         }
+        i += with_next;
     }
 }
 

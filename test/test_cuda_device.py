@@ -19,13 +19,16 @@ from test_sample import every_request, requests, run
 from engine import LLM, SamplingParams, abi
 from engine.cuda import driver as cuda_driver
 from engine.cuda.launches import Launch
-from engine.device import NotFiniteError, Place, TokenError, cuda, open_device
+from engine.cuda.program import CUDAProgram
+from engine.device import Cancelled, NotFiniteError, Place, TokenError, cuda, open_device
 from engine.device.cuda import CUDADevice
 from engine.device.numpy import NumPyDevice
 from engine.errors import RillError, UsageError
-from engine.layer import matrix
+from engine.layer import matrix, plan_input
 from engine.ops.embedding import Embedding
 from engine.ops.sample import Samples
+from engine.ops.swiglu import SwiGLU
+from engine.plan import Plan
 
 needs_emulation = pytest.mark.skipif(not emulated_devices(), reason="no C++ compiler for the emulation")
 TINY = str(Path(__file__).parent.parent / "models" / "tiny-qwen3")
@@ -78,6 +81,83 @@ def test_a_recorded_step_serves_every_step(monkeypatch: pytest.MonkeyPatch) -> N
             tokens.append(list(llm.generate(prompt, SamplingParams(temperature=0, max_tokens=8)).token_ids))
     assert tokens[0] == tokens[1]
     assert driver.replays >= 5
+
+
+class Twice:
+    """A plan of two nodes on a device of its own, for as many of ten rows as it is run for."""
+
+    def __init__(self) -> None:
+        self.driver = RecordingDriver()
+        self.device = CUDADevice(self.driver)
+        self.plan, self.x = Plan(self.device), normal(np.random.default_rng(0), 10, 32)
+        self.rows = plan_input(self.plan, np.array([10], np.int32), None, "rows")
+        layers = [SwiGLU(device=self.device) for _ in range(2)]
+        inner = layers[0].record(plan_input(self.plan, self.x, self.rows, "x"))
+        self.out = self.plan.keep(layers[1].record(inner))
+        self.plan.lower()
+
+    def run(self, rows: int = 10) -> np.ndarray:
+        self.rows.storage[0] = rows
+        self.out.storage[:] = np.nan
+        self.plan.run()
+        return self.device.download(self.out)
+
+
+@needs_emulation
+def test_a_step_that_is_cancelled_while_it_is_recorded_is_recorded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = Twice()
+    expected, record = twice.run(), twice.driver.record
+
+    def cancelled(launches: Any) -> Any:
+        twice.device.cancel(True)
+        return record(launches)
+
+    monkeypatch.setattr(twice.driver, "record", cancelled)
+    with pytest.raises(Cancelled):
+        twice.run()
+    twice.device.cancel(False)
+    assert (twice.run() == expected).all() and twice.driver.replays == 2
+
+
+@needs_emulation
+def test_a_step_that_is_cancelled_at_once_has_not_been_met() -> None:
+    """Its launches may load something, which a recording must not."""
+    twice = Twice()
+    twice.device.cancel(True)
+    with pytest.raises(Cancelled):
+        twice.run()
+    twice.device.cancel(False)
+    for replays in (0, 1, 2):
+        assert np.isfinite(twice.run()).all() and twice.driver.replays == replays
+
+
+@needs_emulation
+def test_steps_that_are_met_only_once_keep_none_from_being_recorded() -> None:
+    twice = Twice()
+    program = twice.plan.program
+    assert isinstance(program, CUDAProgram)
+    program.max_recorded = 2
+    for rows in range(1, 8):
+        twice.run(rows)
+    expected = [twice.run(9) for _ in range(3)]
+    assert twice.driver.replays == 2 and (expected[0] == expected[2]).all() and len(program.met) <= 2
+
+
+@needs_emulation
+def test_a_cancelled_step_leaves_no_failure_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CUDADevice(EmulatedDriver(library()))
+    layer, fetch = Embedding(np.ones((4, 8), np.float32), device=device), device.driver.fetch
+
+    def late(address: int, into: np.ndarray) -> None:
+        """All is launched, and is waited for."""
+        device.cancel(True)
+        fetch(address, into)
+
+    with monkeypatch.context() as patch, pytest.raises(Cancelled):
+        patch.setattr(device.driver, "fetch", late)
+        layer.forward(np.array([0, 9], np.int32))
+    device.cancel(False)
+    assert (layer.forward(np.array([0, 3], np.int32)) == 1).all()
 
 
 # What is missing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from harness import (
+    FLOAT32_LIMIT,
     MATMUL_CASES,
     ROWS,
     WEIGHT_DTYPES,
@@ -190,6 +191,15 @@ def test_stacked_parts_of_mixed_dtypes_with_biases() -> None:
             assert_close(out, exact + bias, limit, (device.description, dtypes))
             one = Linear(weights, biases, dtype="float32", device=device)
             assert [(weight.dtype, weight.shape) for weight in one.matrices] == [(FLOAT32, (52, 33))]
+
+
+def test_arrays_of_other_floats_are_float32() -> None:
+    rng = np.random.default_rng(8)
+    x, weights = normal(rng, 3, 31), [rng.standard_normal((20, 31)), normal(rng, 12, 31)]
+    for device in devices():
+        layer = Linear(weights, device=device)
+        assert [(weight.dtype, weight.shape) for weight in layer.matrices] == [(FLOAT32, (32, 31))]
+        assert_close(layer.forward(x), exact_matmul(x, np.concatenate(weights)), FLOAT32_LIMIT, device.description)
 
 
 def test_float32_widens_once() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from engine.device.cuda import CUDADevice
     from engine.plan import Node, Plan, Tensor
 
-MAX_RECORDED = 256  # steps of different shapes that are remembered to be recorded, in each segment
+MAX_RECORDED = 256  # steps of different shapes that are recorded, in each segment
 
 
 class Piece(NamedTuple):
@@ -48,10 +49,11 @@ class CUDAProgram(Program):
         self.scratch = device.scratch(max(self._scratch_bytes(), 1))
         collectives = [node for node in plan.nodes if node.op.collective]
         self.max_recorded = MAX_RECORDED * (1 + len(collectives))
-        self.driver.staging(max(map(exchanged_bytes, collectives), default=0))  # no step has to wait for more memory
+        self.driver.staging(max(map(exchanged_bytes, collectives), default=1))  # no step has to wait for more memory
         self.alone: dict[tuple[int, int], Piece] = {}  # (node, rows) -> piece
         self.fused: dict[tuple[int, int], list[Piece]] = {}  # (first node of a group, rows) -> pieces
-        self.recorded: dict[Any, Callable[[], None] | None] = {}
+        self.met: set[Any] = set()  # shapes of steps that have been seen once
+        self.recorded: dict[Any, Callable[[], None]] = {}
 
     def _scratch_bytes(self) -> int:
         """The most that any launch needs: of all rows, or of as many as are still cut into ranges."""
@@ -118,21 +120,21 @@ class CUDAProgram(Program):
     def _replay(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
         """Launches; what is asked for a second time is recorded, where the driver can, and from then on one launch."""
         key = (first, last, *rows.values())
-        recorded = self.recorded.get(key)
-        if recorded is not None:
-            recorded()
-            return
-        if key in self.recorded and self.driver.records and len(self.recorded) <= self.max_recorded:
-            self.recorded[key] = self.driver.record(lambda: self._launch(first, last, rows))
-            self._replay(first, last, rows)
-            return
-        self.recorded[key] = None
-        self._launch(first, last, rows)
+        if key in self.recorded:
+            self.recorded[key]()
+        elif key in self.met and self.driver.records and len(self.recorded) < self.max_recorded:
+            # All of it, whatever becomes of this step: it is for later ones, too.
+            self.recorded[key] = self.driver.record(lambda: self._launch(self._pieces(first, last, rows)))
+            self.recorded[key]()
+        else:
+            self._launch(takewhile(lambda _: not self.device.stop, self._pieces(first, last, rows)))
+            if len(self.met) >= self.max_recorded:
+                self.met.clear()
+            if not self.device.stop:  # all launches have been made once, and what they load is loaded
+                self.met.add(key)
 
-    def _launch(self, first: int, last: int, rows: dict[Tensor, int]) -> None:
-        for piece in self._pieces(first, last, rows):
-            if self.device.stop:
-                return
+    def _launch(self, pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
             for launch in piece.launches:
                 launch()
 

@@ -184,7 +184,7 @@ class CPUDevice(Device):
                         files[source.file] = os.open(source.file, os.O_RDONLY)
                     entry.fd, entry.offset = files[source.file], source.offset
                 else:
-                    keep_alive.append(np.ascontiguousarray(source))
+                    keep_alive.append(np.ascontiguousarray(source, stored_dtype(source)))
                     entry.fd, entry.data = -1, abi.ffi.cast("void *", abi.address(keep_alive[-1]))
             short = self.library.pack_matrix(sources, len(sources), count, weight.shape[1],
                                              abi.DTYPE_CODES[weight.dtype], self._panels(weight, first),

@@ -243,11 +243,12 @@ class CUDADevice(Device):
         """Waits until all that has been launched is done. Raises what became of it."""
         self.driver.fetch(self.control.address, self.status)
         self.driver.synchronise()
-        if self.stop:
-            raise Cancelled
         _, status, detail = self.status.tolist()
         if status:
             self.control[:] = 0
+        if self.stop:
+            raise Cancelled
+        if status:
             raise failure(status, detail)
 
     @contextmanager
