@@ -207,8 +207,7 @@ def test_weights_are_loaded_in_pieces(device: CUDADevice, monkeypatch: pytest.Mo
     assert seen[-1][0] == seen[-1][1] == sum(device.weight_bytes(weight) for weight in weights)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-llama"])
+@pytest.mark.parametrize("name, dtype", [("tiny-qwen3", "int4"), ("tiny-llama", "int8")])
 def test_a_model(name: str, dtype: str, device: CUDADevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logits are those of NumPy where that rounds no inputs to 8 bits, its tokens the CPU's up to near ties."""
     monkeypatch.setattr(cuda, "open_driver", lambda place: device.driver)
