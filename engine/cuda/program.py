@@ -49,7 +49,8 @@ class CUDAProgram(Program):
         self.scratch = device.scratch(max(self._scratch_bytes(), 1))
         collectives = [node for node in plan.nodes if node.op.collective]
         self.max_recorded = MAX_RECORDED * (1 + len(collectives))
-        self.driver.staging(max(map(exchanged_bytes, collectives), default=1))  # no step has to wait for more memory
+        if collectives:  # no step has to wait for more memory
+            self.driver.staging(max(map(exchanged_bytes, collectives)))
         self.alone: dict[tuple[int, int], Piece] = {}  # (node, rows) -> piece
         self.fused: dict[tuple[int, int], list[Piece]] = {}  # (first node of a group, rows) -> pieces
         self.met: set[Any] = set()  # shapes of steps that have been seen once
