@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.plan import Plan, Tensor
 
 SLICE = 4096  # rows of a matrix that the oracle sees unpacked at once
-SETTLED = 0.2  # seconds in which new threads come to cores of their own: seen were up to 0.13
+SETTLED = 0.2  # seconds in which new threads come to cores of their own; beside another program it took 0.13
 
 
 def available_isas() -> list[str]:
