@@ -143,9 +143,10 @@ void rope(const struct rope *op, struct worker *me);
 /* The KV cache of a layer: kv [kv_pages][kv_head][K, V]. Of the pages of a sequence, in order, entry i of its row in
  * page_table names the i-th; where ring_pages > 0, the first sink_pages entries stay and those after them are used in
  * turn, so that a sequence has no end (page.h).
- * f32, f16: K [head_dim][PAGE], V [PAGE][width]. bf16: pairs, K [head_dim/2][PAGE][2], V [PAGE/2][width][2]. i8: quads,
- * K [head_dim/4][PAGE][4], V [PAGE/4][width][4], and after all pages [kv_pages][kv_head][2][PAGE] f32, the scales of
- * keys and of values. width is head_dim rounded up to whole panels. */
+ * In panels of 16 positions or columns: f32, f16: K [PAGE/16][head_dim][16], V [width/16][PAGE][16]. bf16: pairs,
+ * K [PAGE/16][head_dim/2][16][2], V [width/16][PAGE/2][16][2]. i8: quads, K [PAGE/16][head_dim/4][16][4],
+ * V [width/16][PAGE/4][16][4], and after all pages [kv_pages][kv_head][2][PAGE] f32, the scales of keys and of values.
+ * width is head_dim rounded up to whole panels. */
 
 /* Writes one position of keys and values for each row. */
 struct kv_store {

@@ -26,9 +26,6 @@ enum { CHAINS = PAGE / LANES };
         }                                                                                              \
     } while (0)
 
-/* The scales of LANES positions, for bytes as line_i8 gives them. */
-INLINE vec i8_scale(const float *scales) { return vec_mul(vec_load(scales), vec_set(1.0f / I8_UNIT)); }
-
 INLINE float highest_score(const struct attention_tile *t, int64_t row, int64_t parts, float *scores, const int32_t dtype)
 {
     struct span seen = visible(t->op, row);
@@ -39,7 +36,7 @@ INLINE float highest_score(const struct attention_tile *t, int64_t row, int64_t 
         int64_t begin = part->page * PAGE + part->from, end = part->page * PAGE + part->to;
         if (dtype == DTYPE_I8)
             for (int64_t i = 0; i < end - begin; i += LANES)
-                vec_store(scores + i, vec_mul(vec_load(scores + i), i8_scale(part->scales + part->from + i)));
+                vec_store(scores + i, vec_mul(vec_load(scores + i), vec_load(part->scales + part->from + i)));
         if (begin < seen.first || end - 1 > seen.last)
             hide(part, seen, t->op->sink, scores);
         EACH_VECTOR(part, highest[chain] = vec_max(highest[chain], vec_load(scores)); scores += LANES;);
@@ -62,14 +59,15 @@ INLINE void store_weights(float *weights, int64_t i, vec w, int32_t dtype)
     vec_store(weights + i, w);
 }
 
-/* The weights of a vector of scores, the `chain`-th of its page. Returns them before they are scaled. */
-INLINE vec weigh_vector(const struct part *part, float *scores, int64_t at, vec top, vec scale, const int32_t dtype,
-                        const int chain)
+/* Weights that have been multiplied by the values' scales become words, in place. units: [parts]. */
+static void round_weights(const struct attention_tile *t, int64_t parts, float *weights, float *units)
 {
-    vec w = vec_exp2(vec_mul(vec_sub(vec_load(scores + at), top), scale));
-    vec scaled = dtype == DTYPE_I8 ? vec_mul(w, i8_scale(part->scales + PAGE + chain * LANES)) : w;
-    store_weights(scores, at, scaled, dtype);
-    return w;
+    int64_t at = 0;
+    for (int64_t i = 0; i < parts; i++) {
+        int64_t count = t->part[i].to - t->part[i].from;
+        units[i] = round_words(weights + at, count, weights + at / 2);
+        at += count;
+    }
 }
 
 /* Scores become weights 2^((score - max) · scale), in place. Returns their sum. */
@@ -80,8 +78,11 @@ INLINE float weigh(const struct attention_tile *t, int64_t parts, float max, flo
     for (int j = 0; j < CHAINS; j++)
         sum[j] = vec_set(0.0f);
     for (const struct part *part = t->part; part < t->part + parts; part++)
-        EACH_VECTOR(part, vec w = weigh_vector(part, scores, at, top, scale, dtype, chain);
-                    sum[chain] = vec_add(sum[chain], w); at += LANES;);
+        EACH_VECTOR(part, vec w = vec_exp2(vec_mul(vec_sub(vec_load(scores + at), top), scale));
+                    sum[chain] = vec_add(sum[chain], w);
+                    if (dtype == DTYPE_I8)
+                        w = vec_mul(w, vec_load(part->scales + PAGE + chain * LANES));
+                    store_weights(scores, at, w, dtype); at += LANES;);
     for (int j = 1; j < CHAINS; j++)
         sum[0] = vec_add(sum[0], sum[j]);
     return vec_reduce_add(sum[0]);
@@ -127,6 +128,8 @@ INLINE void soften(struct attention_tile *t, int64_t first, int64_t count, int64
             memset(scores, 0, (size_t)columns * sizeof *scores);
         else
             t->sum[first + r] += weigh(t, parts, t->max[first + r], scores, dtype);
+        if (dtype == DTYPE_I8)
+            round_weights(t, parts, scores, t->weight_units + r * t->unit_row);
     }
 }
 

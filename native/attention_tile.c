@@ -54,6 +54,8 @@ int64_t tile_place(struct attention_tile *t, char *memory, int64_t queries, int6
     t->q_sink = cut(memory, &used, sink * queries * t->q_row * 4);
     t->scores = cut(memory, &used, strip * t->score_row * 4);
     t->sink_scores = cut(memory, &used, sink * strip * PAGE * 4);
+    t->unit_row = t->op->kv_dtype == DTYPE_I8 ? pages : 0;
+    t->weight_units = cut(memory, &used, strip * t->unit_row * 4);
     t->highest = cut(memory, &used, strip * 4);
     t->out = cut(memory, &used, queries * t->width * 4);
     t->max = cut(memory, &used, queries * 4);
@@ -115,10 +117,14 @@ int64_t tile_next_page(const struct attention_tile *t, int64_t page)
 
 int64_t tile_end_page(const struct attention_tile *t) { return t->op->pos[t->row + t->rows - 1] / PAGE + 1; }
 
-/* Puts a query into the form in which the micro-kernel reads A: pairs of bf16 for the dot instruction. */
+/* Puts a query into the form in which the micro-kernel reads A: pairs of bf16 for the dot instruction, words for bytes. */
 static void load_query(const struct attention_tile *t, const float *from, float *to)
 {
     int64_t count = t->op->head_dim;
+    if (t->op->kv_dtype == DTYPE_I8) {
+        to[t->q_row - 1] = round_words(from, count, to);
+        return;
+    }
 #ifdef BF16_DOT
     if (t->op->kv_dtype == DTYPE_BF16) {
         for (int64_t i = 0; i < round_up(count, 2); i++)
@@ -156,15 +162,13 @@ static struct part part_of(const struct attention_tile *t, int64_t place, int64_
     int64_t page = t->page[place], begin = page * PAGE;
     int64_t window = op->window > 0 ? max_i64(0, first - op->window + 1) - begin : 0;
     int64_t sinks = op->sink - begin, from = sinks > 0 ? 0 : max_i64(0, window), to = min_i64(PAGE, last + 1 - begin);
-    int64_t line = tile_product_lines(t->kind) * t->inputs, vector = t->copied ? PANEL : LANES;
+    int64_t line = tile_product_lines(t->kind) * t->inputs;
     if (window >= PAGE)
         to = min_i64(to, sinks);
     struct part part = {.page = page, .place = place, .sinks = max_i64(0, min_i64(PAGE, sinks)), .only_sinks = window >= PAGE,
                         .first = from / line * line, .until = round_up(max_i64(to, 0), line)};
-    part.from = part.first / vector * vector;
-    part.to = part.from + round_up(part.until - part.from, PANEL);
-    if (part.to > PAGE)
-        part.from -= part.to - PAGE, part.to = PAGE;
+    part.from = part.first / PANEL * PANEL;
+    part.to = round_up(part.until, PANEL);
     return part;
 }
 
@@ -194,11 +198,13 @@ static const float *scales_of(const struct attention_tile *t, int64_t page)
 static void multiply_keys(const struct attention_tile *t, const struct part *part, const float *q, int64_t count, int64_t from,
                           int64_t to, float *scores, int64_t score_row)
 {
-    const char *keys = part->at.keys + from / PANEL * t->keys.column + from % PANEL * (line_bytes(t->kind) / PANEL);
-    const char *values = part->at.values + from / t->inputs * t->values.step;
+    const int line = line_bytes(t->kind);
+    const char *keys = part->at.keys + from / PANEL * t->key_panel;
+    const char *values = part->at.values + from / t->inputs * line;
     struct tile_product product = {.kind = t->kind, .a = q, .a_row = t->q_row, .b = &keys, .pieces = 1,
-                                   .depth = t->key_lines, .b_step = t->keys.step, .b_column = t->keys.column,
-                                   .ahead = &values, .ahead_step = line_bytes(t->kind), .c = scores, .c_row = score_row};
+                                   .depth = t->key_lines, .b_step = line, .b_column = t->key_panel,
+                                   .ahead = &values, .ahead_step = line, .unit = q + t->q_row - 1,
+                                   .unit_row = t->q_row, .c = scores, .c_row = score_row};
     tile_product(&product, count, (to - from) / PANEL);
 }
 
@@ -234,17 +240,18 @@ static bool is_whole(const struct part *part) { return part->until - part->first
 static void multiply_values(const struct attention_tile *t, int64_t first, int64_t count, int64_t parts)
 {
     const float *weights = t->scores;
-    const int floats = line_floats(t->kind);
+    const int floats = line_floats(t->kind), line = line_bytes(t->kind);
     for (int64_t i = 0, run; i < parts; i += run) {
         const struct part *part = &t->part[i];
         for (run = 0; run == 0 || (i + run < parts && is_whole(part) && is_whole(part + run)); run++) {
-            t->pieces[run] = part[run].at.values + part[run].first / t->inputs * t->values.step;
+            t->pieces[run] = part[run].at.values + part[run].first / t->inputs * line;
             t->ahead[run] = is_whole(part) ? next_keys(t, part + run) : t->pieces[run];
         }
         struct tile_product product = {.kind = t->kind, .a = weights + (part->first - part->from) / t->inputs * floats,
                                        .a_row = t->score_row, .b = t->pieces, .pieces = run,
-                                       .depth = (part->until - part->first) / t->inputs, .b_step = t->values.step,
-                                       .b_column = t->values.column, .ahead = t->ahead, .ahead_step = line_bytes(t->kind),
+                                       .depth = (part->until - part->first) / t->inputs, .b_step = line,
+                                       .b_column = t->value_panel, .ahead = t->ahead, .ahead_step = line,
+                                       .unit = t->weight_units + i, .unit_row = t->unit_row,
                                        .c = t->out + first * t->width, .c_row = t->width, .add = true};
         tile_product(&product, count, t->width / PANEL);
         weights += run * (part->to - part->from) / t->inputs * floats;
@@ -263,6 +270,8 @@ void tile_attend_strip(struct attention_tile *t, int64_t first, int64_t count, i
             continue;
         part->at = t->copied ? tile_copy_of(t, part->place) : tile_page(t, part->page);
         part->scales = scales_of(t, part->page);
+        for (int64_t i = 0; i < page_scales(op->kv_dtype); i += 64 / (int64_t)sizeof *part->scales)
+            FETCH_FAR(part->scales + i); /* for the softmax */
         score_part(t, part, first, count, t->scores + columns);
         columns += part->to - part->from;
         parts++;

@@ -10,6 +10,7 @@
 #include "exponentials.h"
 #include "page.h"
 #include "tile.h"
+#include "words.h"
 
 struct span { int64_t first, last; }; /* positions, both included */
 
@@ -30,9 +31,6 @@ struct part {
 /* Where the walk goes on after a block. */
 struct ahead { int64_t kv_head, page; };
 
-/* How keys or values lie for the micro-kernel: bytes from line to line and from panel to panel. */
-struct panels { int64_t step, column; };
-
 struct attention_tile {
     const struct attention *op;
     int64_t row, rows;             /* of one sequence, in order of position */
@@ -40,17 +38,19 @@ struct attention_tile {
     int64_t kv_head, group;        /* group: query heads to a KV head */
     int64_t queries, width;        /* rows * group; floats of a query's sums, whole panels */
     int64_t strip;                 /* queries whose scores exist at a time */
-    float *q, *q_sink;             /* [queries][q_row], as the micro-kernel takes them */
+    float *q, *q_sink;             /* [queries][q_row], as the micro-kernel takes them; last, what one of a row is worth */
     int64_t q_row;
     float *scores, *sink_scores;   /* [strip][score_row], [strip][PAGE] */
     int64_t score_row;
+    float *weight_units;           /* [strip][unit_row] of each part's weights: int8 only */
+    int64_t unit_row;
     float *highest;                /* [strip] of a block */
     float *out, *max, *sum;        /* [queries][width]: sums of weight · value; highest score; sum of weights */
     float *copies;                 /* of a block's pages (attention_copies.c); NULL where there are never any */
     bool copied;                   /* whether the tile at hand reads copies */
     enum line kind;                /* of the lines it reads: the cache's, or f32 */
     int64_t inputs, key_lines;     /* inputs that share a line; lines of a page's keys */
-    struct panels keys, values;
+    int64_t key_panel, value_panel; /* bytes from panel to panel */
     int64_t *page;                 /* numbers of a block's pages */
     struct part *part;             /* what the strip at hand needs of them */
     const char **pieces, **ahead;  /* where the values of some of them lie, and what is fetched meanwhile */

@@ -68,9 +68,9 @@ static inline void store(struct place p, const float *k, const float *v, int64_t
         v_unit = isfinite(p.scales[PAGE + p.slot]) && p.scales[PAGE + p.slot] > 0 ? p.scales[PAGE + p.slot] : 1.0f;
     }
     for (int64_t d = 0; d < head_dim; d++)
-        put(p.keys, (d / inputs * PAGE + p.slot) * inputs + d % inputs, k[d] / k_unit, dtype);
+        put(p.keys, key_index(head_dim, p.slot, d, inputs), k[d] / k_unit, dtype);
     for (int64_t d = 0; d < head_dim; d++)
-        put(p.values, (p.slot / inputs * value_width(head_dim) + d) * inputs + p.slot % inputs, v[d] / v_unit, dtype);
+        put(p.values, value_index(p.slot, d, inputs), v[d] / v_unit, dtype);
 }
 
 void kv_store(const struct kv_store *op, struct worker *me)

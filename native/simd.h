@@ -2,9 +2,8 @@
  * that the kernels need. One block for each family; everything above this file is portable C.
  *
  * A "line" is PANEL weights (f32, f16), pairs (bf16) or quads (int8) of a packed matrix or cache page: VECTORS vectors.
- * line_f16, line_even and line_odd (of pairs) and line_i8 (one byte of each quad) load a vector of it in f32. Bytes come
- * I8_UNIT times as large: they are moved to the top of their lane, and not back down. So scores may not exceed 2^104, and
- * scales below 2^-102 lose bits. */
+ * line_f16, line_even and line_odd (of pairs) load a vector of it in f32, line_words (of quads) the first and third or the
+ * second and fourth byte of each as pairs of 16 bits, for vec_dot_words. */
 #ifndef SIMD_H
 #define SIMD_H
 
@@ -21,11 +20,6 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define I8_UNIT 0x1p24f
-/* For a shuffle within 16 bytes: one byte of each quad at the top, nothing below. */
-#define NOTHING_AND(at) ((int)(0x808080 | (uint32_t)(at) << 24))
-#define I8_TO_THE_TOP(byte) \
-    _mm_setr_epi32(NOTHING_AND(byte), NOTHING_AND(4 + (byte)), NOTHING_AND(8 + (byte)), NOTHING_AND(12 + (byte)))
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
@@ -53,10 +47,27 @@ INLINE vec vec_exp2i(vec n) /* 2^n for integral n */
 INLINE vec vec_fraction(vec x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); } /* x - floor(x) */
 INLINE vec vec_scale2(vec x, vec y) { return _mm512_scalef_ps(x, y); } /* x · 2^floor(y) */
 INLINE vec line_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
-INLINE vec line_i8(const void *p, const int byte)
+INLINE vec line_words(const void *p, const int part)
 {
-    __m512i top = _mm512_broadcast_i32x4(I8_TO_THE_TOP(byte));
-    return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(_mm512_loadu_si512(p), top));
+    __m512i bytes = _mm512_loadu_si512(p);
+    return _mm512_castsi512_ps(_mm512_srai_epi16(part ? bytes : _mm512_slli_epi16(bytes, 8), 8));
+}
+/* acc + the products of the pairs of whole numbers in w and x, as whole numbers. */
+INLINE vec vec_dot_words(vec w, vec x, vec acc)
+{
+#if defined(__AVX512VNNI__)
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x)); /* tied to its register as in vec_dot_bf16 */
+    return acc;
+#else
+    __m512i products = _mm512_madd_epi16(_mm512_castps_si512(w), _mm512_castps_si512(x));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(acc), products));
+#endif
+}
+INLINE vec vec_from_words(vec sums) { return _mm512_cvtepi32_ps(_mm512_castps_si512(sums)); }
+INLINE void vec_store_words(void *p, vec x) /* rounded; of each quad the first and third, then the second and fourth */
+{
+    __m256i words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x));
+    _mm256_storeu_si256(p, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8));
 }
 INLINE vec line_even(const void *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 INLINE vec line_odd(const void *p)
@@ -167,10 +178,23 @@ INLINE vec vec_exp2i(vec n)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INLINE vec line_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
-INLINE vec line_i8(const void *p, const int byte)
+INLINE vec line_words(const void *p, const int part)
 {
-    __m256i top = _mm256_broadcastsi128_si256(I8_TO_THE_TOP(byte));
-    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_loadu_si256(p), top));
+    __m256i bytes = _mm256_loadu_si256(p);
+    return _mm256_castsi256_ps(_mm256_srai_epi16(part ? bytes : _mm256_slli_epi16(bytes, 8), 8));
+}
+INLINE vec vec_dot_words(vec w, vec x, vec acc)
+{
+    vec products; /* in this order: else gcc makes all products first, and runs out of registers */
+    __asm__ volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(w), "x"(x));
+    return acc;
+}
+INLINE vec vec_from_words(vec sums) { return _mm256_cvtepi32_ps(_mm256_castps_si256(sums)); }
+INLINE void vec_store_words(void *p, vec x)
+{
+    __m256i whole = _mm256_cvtps_epi32(x);
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storeu_si128(p, _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, 0xd8), 0xd8));
 }
 INLINE vec line_even(const void *p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(p), 16)); }
 /* The mask is read from memory every time: in a register, it would cost a tile of 6 rows two of its sums. */
@@ -277,11 +301,42 @@ INLINE vec line_f16(const void *p)
     memcpy(h, p, sizeof h);
     EACH(f16_to_f32(h[i]));
 }
-INLINE vec line_i8(const void *p, const int byte)
+typedef struct { int16_t word[2 * LANES]; } words;
+INLINE words words_of(vec x) { words w; memcpy(&w, &x, sizeof w); return w; }
+INLINE vec line_words(const void *p, const int part)
 {
-    int8_t w[4 * LANES];
-    memcpy(w, p, sizeof w);
-    EACH((float)w[4 * i + byte] * I8_UNIT);
+    int8_t bytes[4 * LANES];
+    words w;
+    vec out;
+    memcpy(bytes, p, sizeof bytes);
+    for (int i = 0; i < 2 * LANES; i++)
+        w.word[i] = bytes[2 * i + part];
+    memcpy(&out, &w, sizeof out);
+    return out;
+}
+INLINE vec vec_dot_words(vec w, vec x, vec acc)
+{
+    words a = words_of(w), b = words_of(x);
+    int32_t sums[LANES];
+    memcpy(sums, &acc, sizeof sums);
+    for (int i = 0; i < LANES; i++)
+        sums[i] += a.word[2 * i] * b.word[2 * i] + a.word[2 * i + 1] * b.word[2 * i + 1];
+    memcpy(&acc, sums, sizeof acc);
+    return acc;
+}
+INLINE vec vec_from_words(vec sums)
+{
+    int32_t whole[LANES];
+    memcpy(whole, &sums, sizeof whole);
+    EACH((float)whole[i]);
+}
+INLINE void vec_store_words(void *p, vec x)
+{
+    vec whole = vec_round(x);
+    int16_t words[LANES];
+    for (int i = 0; i < LANES; i++)
+        words[i / 4 * 4 + (i % 4 & 1) * 2 + i % 4 / 2] = (int16_t)whole.lane[i];
+    memcpy(p, words, sizeof words);
 }
 INLINE vec line_even(const void *p)
 {

@@ -7,6 +7,18 @@
     ((rows) * 8 * VECTORS <= ACCUMULATORS ? 8 : (rows) * 4 * VECTORS <= ACCUMULATORS ? 4                 \
      : (rows) * 2 * VECTORS <= ACCUMULATORS ? 2 : 1)
 
+/* C (+)= the whole numbers that a piece sums up to, times each row's unit. */
+INLINE void add_words(const struct tile_product *p, const vec *acc, float *c, const float *unit, bool add, const int rows,
+                      const int width)
+{
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * width; i++) {
+        float *at = c + i / width * p->c_row + i % width * LANES;
+        vec worth = vec_set(unit[i / width * p->unit_row]);
+        vec_store(at, vec_fma(vec_from_words(acc[i]), worth, add ? vec_load(at) : vec_set(0.0f)));
+    }
+}
+
 INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t panel, const int rows, const int columns,
                           const enum line kind)
 {
@@ -16,7 +28,7 @@ INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t pan
                      .b_column = p->b_column, .depth = p->depth, .ahead_step = columns * p->ahead_step,
                      .ahead_column = p->ahead_step};
     vec acc[ACCUMULATORS];
-    if (p->add) {
+    if (p->add && kind != LINE_I8) {
 #pragma GCC unroll 24
         for (int i = 0; i < rows * width; i++)
             acc[i] = vec_load(c + i / width * p->c_row + i % width * LANES);
@@ -26,7 +38,13 @@ INLINE void multiply_tile(const struct tile_product *p, int64_t row, int64_t pan
         t.b = p->b[piece] + panel * p->b_column;
         t.ahead = p->ahead[piece] + panel * p->depth * p->ahead_step;
         tile_accumulate(acc, &t, rows, columns, kind, WAITING_ROWS);
+        if (kind == LINE_I8) {
+            add_words(p, acc, c, p->unit + row * p->unit_row + piece, p->add || piece > 0, rows, width);
+            tile_clear(acc, rows, columns);
+        }
     }
+    if (kind == LINE_I8)
+        return;
 #pragma GCC unroll 24
     for (int i = 0; i < rows * width; i++)
         vec_store(c + i / width * p->c_row + i % width * LANES, acc[i]);

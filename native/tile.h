@@ -5,7 +5,8 @@
  * B is read in lines (see simd.h). A holds, for each line, what B's kind wants:
  *   LINE_F32, LINE_F16   one float
  *   LINE_BF16            a pair: two bf16 in an int32 where the dot instruction exists, else two floats
- *   LINE_I8              four floats */
+ *   LINE_I8              four whole numbers of 16 bits in two floats, as round_words makes them; what one of them is worth
+ *                        is told apart, and each piece of B is summed up in 32 bits */
 #ifndef TILE_H
 #define TILE_H
 
@@ -35,14 +36,14 @@ INLINE enum line line_of(int32_t dtype)
 }
 
 /* Floats of A that a line of B takes; bytes of a line of one panel. */
-INLINE int line_floats(const enum line kind) { return kind == LINE_BF16 ? BF16_FLOATS : kind == LINE_I8 ? 4 : 1; }
+INLINE int line_floats(const enum line kind) { return kind == LINE_BF16 ? BF16_FLOATS : kind == LINE_I8 ? 2 : 1; }
 INLINE int line_bytes(const enum line kind) { return PANEL * (kind == LINE_F16 ? 2 : 4); }
 
-/* One vector of a line. `part`: which inputs, where a line is widened: the even or the odd ones, one of four. */
+/* One vector of a line. `part`: which inputs, where a line is widened: the even or the odd ones. */
 INLINE vec line_load(const char *p, const enum line kind, const int part)
 {
     if (kind == LINE_I8)
-        return line_i8(p, part);
+        return line_words(p, part);
     if (kind == LINE_F32)
         return vec_load((const float *)p);
     if (kind == LINE_F16)
@@ -62,14 +63,14 @@ static inline bool is_widened(int32_t dtype)
     if (dtype == DTYPE_BF16)
         return false;
 #endif
-    return dtype != DTYPE_F32;
+    return dtype != DTYPE_F32 && dtype != DTYPE_I8;
 }
 
 /* A line of one panel in f32: as many lines as it has inputs. Returns where the next ones go. */
 INLINE float *widen_line(const char *from, float *to, const enum line kind)
 {
-    const int inputs = kind == LINE_BF16 ? 2 : kind == LINE_I8 ? 4 : 1, vector_bytes = line_bytes(kind) / VECTORS;
-#pragma GCC unroll 4
+    const int inputs = kind == LINE_BF16 ? 2 : 1, vector_bytes = line_bytes(kind) / VECTORS;
+#pragma GCC unroll 2
     for (int part = 0; part < inputs; part++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++, to += LANES)
@@ -83,8 +84,7 @@ INLINE vec multiply_add(vec w, vec x, vec acc, const enum line kind)
     if (kind == LINE_BF16)
         return vec_dot_bf16(w, x, acc);
 #endif
-    (void)kind;
-    return vec_fma(w, x, acc);
+    return kind == LINE_I8 ? vec_dot_words(w, x, acc) : vec_fma(w, x, acc);
 }
 
 /* So few rows do nothing but wait for memory; more have time to bring a line into the L1 cache before they need it: as
@@ -160,6 +160,8 @@ struct tile_product {
     int64_t b_step, b_column;       /* bytes from line to line, from panel to panel */
     const char *const *ahead;       /* [pieces] what few rows fetch while they meet a piece: as many lines as it has, in */
     int64_t ahead_step;             /* the order in which its panels are walked; bytes from one to the next */
+    const float *unit;              /* LINE_I8: [rows][pieces], `unit_row` floats from row to row: what one of A is worth */
+    int64_t unit_row;
     float *c;
     int64_t c_row;
     bool add;

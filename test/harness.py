@@ -33,6 +33,7 @@ MARGIN = 3  # columns on either side of a view: odd, so that no row is aligned
 FLOAT32_LIMIT = 1e-10  # normalised mean squared error of float32 arithmetic
 BFLOAT16_LIMIT = 1e-5  # and where inputs are rounded to bf16
 FLOAT16_LIMIT = BFLOAT16_LIMIT / 64  # to f16, which has three bits more
+WORD_LIMIT = 5e-8  # to whole numbers of 16 bits, which is done with what a cache of bytes is multiplied by
 
 
 # Devices.
@@ -78,6 +79,8 @@ def rounds_to_bf16(device: Device, dtype: np.dtype) -> bool:
 
 
 def error_limit(device: Device, dtype: np.dtype) -> float:
+    if dtype == INT8 and device.type == "cpu":
+        return WORD_LIMIT
     return BFLOAT16_LIMIT if rounds_to_bf16(device, dtype) else FLOAT32_LIMIT
 
 

@@ -29,7 +29,7 @@ from harness import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.abi import BFLOAT16, FLOAT16, FLOAT32
+from engine.abi import BFLOAT16, FLOAT16, FLOAT32, INT8
 from engine.device import Device
 from engine.errors import UsageError
 from engine.kvcache import PAGE
@@ -156,14 +156,17 @@ def test_a_window_of_the_whole_length_is_full_attention(kind: str, dtype: np.dty
 
 @every_kind
 def test_a_window_of_one_returns_the_values(kind: str) -> None:
-    """e^0 / 1 = 1: bit for bit the row's own value."""
+    """e^0 / 1 = 1: bit for bit the row's own value; of bytes, whose weights are whole numbers, as good as that."""
     case = AttentionCase(4, 2, 16, (70,), window=1, kind=kind)
     data = sequences(case)
     for device in host_devices():
         for dtype in CACHE_DTYPES:
             values = np.repeat(rounded(data[0].v, dtype).astype(np.float32), 2, axis=1).reshape(70, -1)
             out = AttentionRig(device, case, dtype).run_whole(data)[0]
-            assert_same_bits(out, values, (device.description, str(dtype)))
+            if dtype == INT8 and device.type == "cpu":
+                assert_close(out, values, 1e-13, device.description)
+            else:
+                assert_same_bits(out, values, (device.description, str(dtype)))
 
 
 def whole_numbers(case: AttentionCase, seed: int) -> list[QKV]:
@@ -223,14 +226,16 @@ def test_equal_scores_average_the_values(kind: str) -> None:
 @every_dtype
 @every_kind
 def test_queries_are_rounded_only_for_the_dot_instruction(kind: str, dtype: np.dtype) -> None:
-    """float32's accuracy elsewhere; where queries are rounded, what is left is the rounding of weights."""
+    """And to 16 bits for a cache of bytes; float32's accuracy elsewhere. Of queries rounded to bf16, what is left is
+    the rounding of weights."""
     case = AttentionCase(2, 1, 64, (100,), kind=kind)
     data = sequences(case)
     for device in cpu_devices():
         rounded = rounds_to_bf16(device, dtype)
         exact = exact_attention(case, data[0], dtype, BFLOAT16 if rounded else FLOAT32)
         out = AttentionRig(device, case, dtype).run_whole(data)[0]
-        assert_close(out, exact, 3e-6 if rounded else 1e-12, device.description)
+        limit = 3e-6 if rounded else 5e-9 if dtype == INT8 else 1e-12
+        assert_close(out, exact, limit, device.description)
 
 
 @every_dtype
