@@ -65,10 +65,11 @@ sanitize: $(VENV)/rill-dev
 # The libraries for AVX-512 and AMX on a CPU without them, every instruction by a function for AVX2.
 EMULATED := build/emulated
 EMULATED_TESTS := $(foreach name,avx512 matmul quantised attention gated logits kv_store llm,test/test_$(name).py)
+EMULATED_ONLY := not baseline and not numpy and not (test_attention and (float32 or float16 or auto))
 
 emulated: $(VENV)/rill-dev
 	@$(MAKE) native EMULATED=1 LIBRARIES=$(EMULATED)
-	RILL_LIBRARIES=$(CURDIR)/$(EMULATED) $(PYTEST) -k "not baseline and not numpy" $(EMULATED_TESTS)
+	RILL_LIBRARIES=$(CURDIR)/$(EMULATED) $(PYTEST) -k "$(EMULATED_ONLY)" $(EMULATED_TESTS)
 
 # Built without the flash attention kernel, the rest must still be right.
 no-flash: $(VENV)/rill-dev
