@@ -3,7 +3,8 @@
 #   demo      a story from the bundled model             lint      ruff and mypy
 #   test      the whole test suite                       sanitize  tests on an ASan + UBSan build of the libraries
 #   native    the libraries, into engine/_native         wheel     sdist and wheel, into dist/
-#   ci        all of it, and the wheel outside the tree  clean     removes what was built (not .venv)
+#   emulated  tests of AVX-512 and AMX, on AVX2          clean     removes what was built (not .venv)
+#   ci        all of it, and the wheel outside the tree
 #   cuda      kernels for GPUs, where nvcc is found      cuda-bench  tests and measures them on a GPU: docs/cuda.md
 #
 #   make PYTHON=python3.12 CC=clang CFLAGS=... USE_FLASH_ATTENTION=0 native      (native/build.mk has the rest)
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest
 
-.PHONY: demo test native cuda cuda-bench lint tune sanitize wheel wheel-check no-flash ci clean
+.PHONY: demo test native cuda cuda-bench lint tune sanitize emulated wheel wheel-check no-flash ci clean
 
 demo: native $(VENV)/rill-demo
 	$(RUN) -m demo.infer --raw -p "Once upon a time"
@@ -61,6 +62,15 @@ sanitize: $(VENV)/rill-dev
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    $(PYTEST) $(NATIVE_TESTS)
 
+# The libraries for AVX-512 and AMX on a CPU without them, every instruction by a function for AVX2.
+EMULATED := build/emulated
+EMULATED_TESTS := $(foreach name,avx512 matmul quantised attention gated logits kv_store llm,test/test_$(name).py)
+EMULATED_ONLY := not baseline and not numpy and not (test_attention and (float32 or float16 or auto))
+
+emulated: $(VENV)/rill-dev
+	@$(MAKE) native EMULATED=1 LIBRARIES=$(EMULATED)
+	RILL_LIBRARIES=$(CURDIR)/$(EMULATED) $(PYTEST) -k "$(EMULATED_ONLY)" $(EMULATED_TESTS)
+
 # Built without the flash attention kernel, the rest must still be right.
 no-flash: $(VENV)/rill-dev
 	@$(MAKE) native USE_FLASH_ATTENTION=0 LIBRARIES=build/no-flash
@@ -82,6 +92,7 @@ ci:
 	$(MAKE) test WERROR=1
 	$(MAKE) lint
 	$(MAKE) sanitize WERROR=1
+	$(MAKE) emulated WERROR=1
 	$(MAKE) no-flash WERROR=1
 	$(MAKE) wheel-check WERROR=1
 

@@ -7,11 +7,13 @@
 #   CC, CFLAGS, LDFLAGS       as everywhere; the flags are added after the project's own
 #   USE_FLASH_ATTENTION=0     leaves the flash attention kernel out
 #   SANITIZE=1                AddressSanitizer and UndefinedBehaviorSanitizer
+#   EMULATED=1                the rows for AVX-512 and AMX, for a CPU that has AVX2 (native/emulated_avx512.h): for tests
 #   WERROR=1                  warnings are errors
 #   LIBRARIES=engine/_native  where the libraries go
 CC ?= cc
 USE_FLASH_ATTENTION ?= 1
 SANITIZE ?= 0
+EMULATED ?= 0
 WERROR ?= 0
 LIBRARIES ?= engine/_native
 
@@ -56,6 +58,14 @@ FLAGS += $(CFLAGS)
 LINK += $(LDFLAGS)
 
 include native/isa.mk
+ifneq (0,$(EMULATED))
+FLAGS += -DEMULATED -O1
+ISAS := baseline $(filter avx512%,$(ISAS))
+# -mamx-tile: -DEMULATED_amx_tile
+features_of = $(subst -,_,$(patsubst -m%,%,$(filter -mavx512% -mamx%,$(FLAGS_$(1)))))
+$(foreach isa,$(filter avx512%,$(ISAS)),$(eval FLAGS_$(isa) := \
+    $(FLAGS_avx2) -include native/emulated_avx512.h $(addprefix -DEMULATED_,$(call features_of,$(isa)))))
+endif
 UNABLE := $(strip $(foreach isa,$(ISAS),$(if $(call works,-std=c11 $(FLAGS_$(isa))),,$(isa))))
 ISAS := $(filter-out $(UNABLE),$(ISAS))
 

@@ -87,12 +87,15 @@ INLINE void vec_round_bytes(vec x, int8_t *out) /* whole numbers of a byte each,
 {
     _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
+#ifndef ADD_DOT /* ties the accumulator to its register: gcc 12 spills it else */
+#define ADD_DOT(instruction, acc, w, x) __asm__(#instruction " %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x))
+#endif
 #if defined(__AVX512VNNI__)
 #define QUAD_WORDS(bits) ((void)(bits), 1)
-/* acc + the products of the unsigned quads in w with the signed quad at x. Tied to its register as in vec_dot_bf16. */
+/* acc + the products of the unsigned quads in w with the signed quad at x. */
 INLINE ivec ivec_dot(ivec acc, ivec w, const int32_t *x)
 {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(x[0])));
+    ADD_DOT(vpdpbusd, acc, w, _mm512_set1_epi32(x[0]));
     return acc;
 }
 #else
@@ -145,10 +148,10 @@ INLINE void transpose_units(const char *const row[PANEL], int64_t at, uint32_t *
 }
 #if defined(__AVX512BF16__)
 #define BF16_DOT 1
-/* acc + the products of the bf16 pairs in w and x. The accumulator is tied to its register: gcc 12 spills it else. */
+/* acc + the products of the bf16 pairs in w and x. */
 INLINE vec vec_dot_bf16(vec w, vec x, vec acc)
 {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    ADD_DOT(vdpbf16ps, acc, w, x);
     return acc;
 }
 INLINE void vec_store_bf16(uint16_t *p, vec x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x)); }

@@ -186,6 +186,18 @@ def test_any_quants(rows: int, outputs: int, inputs: int, dtype: np.dtype, group
         assert np.array_equal(device.download(layer.matrices[0])[:outputs], matrix[:]), device.description
 
 
+@pytest.mark.parametrize("group", [16, 32, 256])
+@pytest.mark.parametrize("dtype", [INT8, INT4, UINT8, UINT4])
+def test_many_rows_of_any_quants_have_the_bits_of_one(dtype: np.dtype, group: int) -> None:
+    rng = np.random.default_rng(12)
+    x, matrix = normal(rng, 37, 2 * group + 5), random_quants(rng, dtype, 56, 2 * group + 5, group)
+    for device in cpu_devices():
+        layer = Linear([matrix], device=device)
+        alone = np.concatenate([layer.forward(row[None]) for row in x])
+        for rows in (15, 16, 17, 32, 37):  # around the tiles of every ISA
+            assert_same_bits(layer.forward(x[:rows]), alone[:rows], (device.description, rows))
+
+
 def test_stacked_parts_of_several_formats() -> None:
     """q and k in one, v in another, as GGUF files have them: two products that write into one output."""
     rng = np.random.default_rng(11)
