@@ -183,6 +183,15 @@ def emulated_devices() -> tuple[CUDADevice, ...]:
 
 
 @cache
+def emulated_hopper() -> tuple[CUDADevice, ...]:
+    """The same, with Hopper's own kernels."""
+    devices = () if library() is None else tuple(CUDADevice(device.driver) for device in emulated_devices())
+    for device in devices:
+        device.hopper = True
+    return devices
+
+
+@cache
 def emulated_cublas() -> CUDADevice | None:
     """The GPU with its threads in order and cuBLAS."""
     opened = library()

@@ -111,7 +111,8 @@ def attention(op: Any, rows: int) -> list[Launch]:
 
 def in_tiles(op: Any, rows: int) -> bool:
     """Whether attention is for the kernels that multiply tiles of rows by pages."""
-    return bool(rows > n.SPLIT_ROWS and op.kv_dtype == n.DTYPE_BF16 and op.head_dim <= max(FLASH_WIDTHS) and not op.sink)
+    fits = op.kv_dtype == n.DTYPE_BF16 and op.head_dim <= max(FLASH_WIDTHS)
+    return bool(rows > n.SPLIT_ROWS and fits and not op.sink)
 
 
 def flash_attention(op: Any, rows: int) -> list[Launch]:

@@ -57,8 +57,8 @@ class Mirror:
 
 class CUDADevice(Device):
     """fuses: whether plans lowered from now on have some nodes launched together (engine/cuda/fusion.py); not where the
-    environment has RILL_CUDA_FUSION=0. cublas: what multiplies many rows in them; None: our own kernels. hopper: whether
-    attention of many rows is by Hopper's own instructions (engine/cuda/hopper.py)."""
+    environment has RILL_CUDA_FUSION=0. cublas: what multiplies many rows in them; None: our own kernels. hopper:
+    whether attention of many rows is by what only Hopper has (engine/cuda/hopper.py)."""
 
     type = "cuda"
 

@@ -81,11 +81,10 @@ DEVICE void load_queries(const struct attention &op, int64_t first_row, int coun
 /* score [64][64] = q · keysᵀ of a warpgroup. */
 template <int WIDTH> DEVICE void multiply_keys(const char *keys, const uint32_t (&q)[WIDTH / 16][4], float (&score)[PAGE / 8][4])
 {
+    uint64_t described = describe(keys, 0, EIGHT_ROWS);
 #pragma unroll
-    for (int d = 0; d < WIDTH; d += 16) {
-        const char *columns = keys + d / BOX_COLUMNS * BOX + d % BOX_COLUMNS * 2;
-        multiply<false>(score, q[d / 16], describe(columns, 0, EIGHT_ROWS), d > 0);
-    }
+    for (int d = 0; d < WIDTH; d += 16)
+        multiply<false>(score, q[d / 16], advance(described, d / BOX_COLUMNS * BOX + d % BOX_COLUMNS * 2), d > 0);
     end_group();
 }
 
@@ -93,9 +92,10 @@ template <int WIDTH> DEVICE void multiply_keys(const char *keys, const uint32_t 
 template <int WIDTH>
 DEVICE void multiply_values(const char *values, const uint32_t (&weight)[PAGE / 16][4], float (&out)[WIDTH / 8][4])
 {
+    uint64_t described = describe(values, BOX, EIGHT_ROWS);
 #pragma unroll
     for (int key = 0; key < PAGE; key += 16)
-        multiply<true>(out, weight[key / 16], describe(values + key * BOX_COLUMNS * 2, BOX, EIGHT_ROWS), true);
+        multiply<true>(out, weight[key / 16], advance(described, key * BOX_COLUMNS * 2), true);
     end_group();
 }
 

@@ -109,5 +109,7 @@ DEVICE uint64_t describe(const void *at, int leading, int stride)
     return (shared_address(at) & 0x3ffff) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 |
            swizzled_128 << 62;
 }
+/* The same tile from `bytes` further on. */
+DEVICE uint64_t advance(uint64_t described, int bytes) { return described + (bytes >> 4); }
 
 #endif
