@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from engine.cuda.kernels import find_nvcc, prebuilt_kernels
 ROOT = Path(__file__).parent.parent
 NVCC = find_nvcc()
 SOURCES = sorted((ROOT / "native" / "cuda").glob("*.cu"))
+CUOBJDUMP = shutil.which("cuobjdump", path=f"{NVCC and NVCC.parent}{os.pathsep}{os.environ.get('PATH', '')}")
 HOPPER = {source.stem for source in SOURCES if source.stem.endswith("_hopper")}
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -57,6 +60,22 @@ def test_hoppers_kernels_keep_everything_in_registers(name: str, tmp_path: Path)
     kernels = kernels_of(ROOT / "native" / "cuda" / f"{name}.cu")
     assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels) > 0, said
     assert not re.search(r"C75\d\d", said), said
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
+def test_hopper_makes_weights_while_it_multiplies() -> None:
+    """In the loop over pages, the powers come between the waits for the two products."""
+    fatbin = ROOT / "engine" / "_native" / "cuda" / "flash_attention_hopper.fatbin"
+    assert make("cuda").returncode == 0
+    path = os.pathsep.join([str(Path(str(CUOBJDUMP)).parent), os.environ["PATH"]])  # it needs nvdisasm
+    code = subprocess.run([str(CUOBJDUMP), "--dump-sass", str(fatbin)], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PATH": path}).stdout  # fmt: skip
+    kernels = code.split("Function : ")[1:]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        after_keys = kernel.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")
+        assert len(after_keys) == 2 and after_keys[0].count("HGMMA") > 0
+        assert after_keys[1].split("WARPGROUP.DEPBAR.LE gsb0, 0x0")[0].count("MUFU.EX2") == 2 * 64 // 4 + 2
 
 
 def test_a_warning_is_an_error(tmp_path: Path) -> None:

@@ -123,7 +123,9 @@ DEVICE void pack_page(float (*weight)[4], uint32_t (&packed)[PAGE / 16][4])
         pack_weights(&weight[2 * i], packed[i]);
 }
 
-/* A warpgroup goes through the pages of a sequence. n: the first one's keys; pos: of this thread's rows. */
+/* A warpgroup goes through the pages of a sequence. n: the first one's keys; pos: of this thread's rows. Weights are made
+ * while the values of the page before are multiplied. nvcc would move the wait for these up, before all arithmetic, but
+ * not past a loop; so the wait for the page's own values, which is one, comes in between. */
 template <int WIDTH>
 DEVICE void attend_pages(const struct attention &op, const struct ring &ring, const uint32_t (&q)[WIDTH / 16][4],
                          struct pages pages, uint32_t n, const int *pos, struct sums<WIDTH> &s)
@@ -139,27 +141,27 @@ DEVICE void attend_pages(const struct attention &op, const struct ring &ring, co
     release(ring, n);
     mask(op, pos, pages.first * PAGE, score);
     soften(score, s, shrink);
+    wait_until_full(ring, n + 1);
     rescale(s, shrink);
     pack_page(score, weight);
     for (int page = pages.first + 1; page <= pages.last; page++) {
         n += 2;
-        wait_until_full(ring, n - 1);
         wait_until_full(ring, n);
         take_turn();
         begin_products();
         multiply_keys<WIDTH>(tile_of<WIDTH>(ring, n), q, score);
         multiply_values<WIDTH>(tile_of<WIDTH>(ring, n - 1), weight, s.out);
         pass_turn();
-        wait_for_products<1>(score); /* the values of the page before are still being multiplied */
+        wait_for_products<1>(score); /* the values' goes on */
         release(ring, n);
         mask(op, pos, page * PAGE, score);
         soften(score, s, shrink);
+        wait_until_full(ring, n + 1);
         wait_for_products<0>(s.out);
         release(ring, n - 1);
         rescale(s, shrink);
         pack_page(score, weight);
     }
-    wait_until_full(ring, n + 1);
     begin_products();
     multiply_values<WIDTH>(tile_of<WIDTH>(ring, n + 1), weight, s.out);
     wait_for_products<0>(s.out);
