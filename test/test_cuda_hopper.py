@@ -23,7 +23,7 @@ from harness import (
 from engine import abi
 from engine.abi import BFLOAT16, FLOAT32
 from engine.cuda import hopper
-from engine.cuda.launches import TensorMap
+from engine.cuda.launches import TensorMap, row_bytes
 from engine.device.cuda import CUDADevice
 from engine.errors import RillError
 from engine.kvcache import PAGE
@@ -53,6 +53,9 @@ def assert_exact(device: CUDADevice, case: AttentionCase) -> list[np.ndarray]:
 def test_every_width(device: CUDADevice, head_dim: int) -> None:
     """Rows of several sequences in a tile, tiles that begin within a sequence."""
     assert_exact(device, AttentionCase(2, 1, head_dim, (70, 5, 66), kind="flash"))
+    assert isinstance(device.driver, EmulatedDriver)
+    cache = device.driver.launched[-1].map
+    assert cache and cache.columns * 2 == cache.stride == row_bytes(head_dim, 2), "the next position is outside"
 
 
 @devices

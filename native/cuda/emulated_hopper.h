@@ -38,7 +38,10 @@ template <int COUNT> static inline void give_registers() { static_assert(COUNT >
 template <int COUNT> static inline void take_registers() { static_assert(COUNT <= 256 && COUNT % 8 == 0); }
 void begin_products();
 void end_group();
-template <int PENDING, int COUNT> static inline void wait_for_products(float (&)[COUNT][4]) { emulation::finish_products(PENDING); }
+template <int PENDING, int COUNT> static inline void wait_for_products(float (&)[COUNT][4])
+{
+    emulation::finish_products(PENDING);
+}
 template <bool TRANSPOSED, int COUNT>
 static inline void multiply(float (&sum)[COUNT][4], const uint32_t (&a)[4], uint64_t b, bool add)
 {

@@ -79,7 +79,8 @@ DEVICE void load_queries(const struct attention &op, int64_t first_row, int coun
 }
 
 /* score [64][64] = q · keysᵀ of a warpgroup. */
-template <int WIDTH> DEVICE void multiply_keys(const char *keys, const uint32_t (&q)[WIDTH / 16][4], float (&score)[PAGE / 8][4])
+template <int WIDTH>
+DEVICE void multiply_keys(const char *keys, const uint32_t (&q)[WIDTH / 16][4], float (&score)[PAGE / 8][4])
 {
     uint64_t described = describe(keys, 0, EIGHT_ROWS);
 #pragma unroll
