@@ -18,6 +18,7 @@ import numpy as np
 
 from engine import abi
 from engine.cuda.cublas import CuBLAS
+from engine.cuda.hopper import encode
 from engine.cuda.launches import Launch
 from engine.device.cuda import CUDADevice
 
@@ -29,6 +30,7 @@ GUARD_BYTE = 0xA5
 
 class EmulatedDriver:
     records = False
+    hopper = True
 
     def __init__(self, library: Any, backwards: bool = False, cublas: bool = False) -> None:
         self.library, self.backwards = library, backwards
@@ -87,6 +89,8 @@ class EmulatedDriver:
 
     def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
         kernel = abi.ffi.addressof(self.library, f"{launch.kernel}_kernel")
+        if launch.map:
+            arguments = encode(self.library, launch.map) + arguments
         held = abi.ffi.new("char[]", arguments)
 
         def call() -> None:
@@ -161,7 +165,7 @@ def library() -> Any:
 def kernels_of(source: Path) -> list[str]:
     """The kernels that a source defines, by themselves or for each use of KERNELS(…)."""
     text = source.read_text("utf-8")
-    names = re.findall(r"^ *KERNEL\(([\w#]+),", text, re.M)
+    names = re.findall(r"^ *KERNEL(?:_WITH_MAP)?\(([\w#]+),", text, re.M)
     parameter = re.findall(r"#define KERNELS\((\w+)", text)
     families = re.findall(r"^KERNELS\((\w+)", text, re.M)
     made = [name.split("##") for name in names if "##" in name]
@@ -176,6 +180,15 @@ def emulated_devices() -> tuple[CUDADevice, ...]:
     is no C++ compiler."""
     opened = library()
     return () if opened is None else tuple(CUDADevice(EmulatedDriver(opened, order)) for order in (False, True))
+
+
+@cache
+def emulated_hopper() -> tuple[CUDADevice, ...]:
+    """The same, with Hopper's own kernels."""
+    devices = () if library() is None else tuple(CUDADevice(device.driver) for device in emulated_devices())
+    for device in devices:
+        device.hopper = True
+    return devices
 
 
 @cache

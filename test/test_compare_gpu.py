@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from emulated_cuda import emulated_cublas, emulated_devices
+from emulated_cuda import EmulatedDriver, emulated_cublas, emulated_devices, library
 
+from engine.device.cuda import CUDADevice
 from tools import compare_gpu
 from tools.compare_gpu import Attention, Product
 
@@ -73,7 +74,9 @@ needs_emulation = pytest.mark.skipif(not emulated_devices(), reason="no C++ comp
 @needs_emulation
 def test_rows_of_both(torch: Torch) -> None:
     cases: list[Attention | Product] = [Attention(4, 2, 70, 70), Attention(4, 2, 70, 1), Product("qkv", 5, 32, 48)]
-    rows = list(compare_gpu.compare(emulated_devices()[0], torch, cases))
+    device = CUDADevice(EmulatedDriver(library()))
+    device.driver.hopper = False
+    rows = list(compare_gpu.compare(device, torch, cases))
     flash, cudnn = "PyTorch FLASH_ATTENTION", "PyTorch CUDNN_ATTENTION"
     assert [row["by"] for row in rows] == ["Rill", flash, cudnn, "Rill", flash, cudnn, "Rill", "cuBLAS"]
     for i, row in enumerate(rows):
@@ -118,6 +121,18 @@ def test_without_pytorch_or_its_gpu(torch: Torch, monkeypatch: pytest.MonkeyPatc
     assert compare_gpu.beside_pytorch(None) == {"rows": [], "absent": "PyTorch 2.13 sees no GPU"}
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "no PyTorch" in compare_gpu.beside_pytorch(None)["absent"]
+
+
+@needs_emulation
+def test_prefill_by_both_kernels(torch: Torch) -> None:
+    device: Any = emulated_devices()[0]
+    rows = list(compare_gpu.compare(device, torch, [Attention(2, 1, 40, 40), Attention(2, 1, 40, 1)]))
+    pytorch = [f"PyTorch {backend}" for backend in compare_gpu.BACKENDS]
+    assert [row["by"] for row in rows] == ["Rill", "Rill by wgmma", *pytorch, "Rill", *pytorch]
+    assert rows[1]["times_ours"] == rows[1]["seconds"] / rows[0]["seconds"]
+    kernels = [launch.kernel for launch in device.driver.launched if "flash" in launch.kernel]
+    assert kernels[-8:] == ["flash_attention_128"] * 4 + ["flash_attention_hopper_128"] * 4
+    assert not device.hopper
 
 
 @needs_emulation

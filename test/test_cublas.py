@@ -281,7 +281,7 @@ def test_the_device_says_which_and_closes_it(monkeypatch: pytest.MonkeyPatch, em
     stream = SimpleNamespace(handle=0, synchronize=lambda: None)
     use(monkeypatch, fake_cuda(Stream=lambda: stream, mem_alloc=lambda size: memory(1 << 20)))
     monkeypatch.setattr(cuda_driver, "Graphs", lambda handle: None)
-    monkeypatch.setattr(cuda_driver, "prebuilt_kernels", list)
+    monkeypatch.setattr(cuda_driver, "prebuilt_kernels", lambda arch: [])
     before = emulated.emulated_handles
     for setting, phrase in ((str(CUBLAS), "cuBLAS 13.4"), ("0", "without cuBLAS (RILL_CUBLAS)")):
         monkeypatch.setenv("RILL_CUBLAS", setting)

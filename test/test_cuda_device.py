@@ -221,7 +221,7 @@ def test_without_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "cuda" / "rope.fatbin").write_bytes(b"")
     with pytest.raises(RillError, match="kernels were built from other sources: run `make cuda`"):
         open_device("cuda")
-    monkeypatch.setattr(cuda_driver, "prebuilt_kernels", lambda: [tmp_path / "cuda" / "rope.fatbin"])
+    monkeypatch.setattr(cuda_driver, "prebuilt_kernels", lambda arch: [tmp_path / "cuda" / "rope.fatbin"])
     with pytest.raises(RillError, match="no kernels for this GPU .sm_75.* CUBINS=75 cuda"):
         open_device("cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,24 @@ def test_attention(gpu: CUDADevice, kind: str, dtype: np.dtype) -> None:
         outputs = AttentionRig(gpu, replace(case, kind=kind), dtype).run_whole(data)
         for output, sequence in zip(outputs, data, strict=True):
             assert_close(output, exact_attention(case, sequence, dtype), error_limit(gpu, dtype), case)
+
+
+def test_attention_by_wgmma(gpu: CUDADevice) -> None:
+    """All cases, and prompts that keep every processor busy for a while, in one step and in chunks."""
+    if not gpu.driver.hopper:
+        pytest.skip("this GPU is no Hopper")
+    device = CUDADevice(gpu.driver)
+    device.hopper = True
+    long = (AttentionCase(16, 2, 64, (1500, 700)), AttentionCase(8, 8, 128, (1000, 1, 900), window=300),
+            AttentionCase(8, 1, 96, (2000,)))  # fmt: skip
+    for case in (replace(case, kind="flash") for case in (*ATTENTION_CASES, *long)):
+        data = sequences(case)
+        whole = AttentionRig(device, case, abi.BFLOAT16).run_whole(data)
+        chunks = AttentionRig(device, case, abi.BFLOAT16).run_chunks(data, 450)
+        for output, other, sequence in zip(whole, chunks, data, strict=True):
+            exact = exact_attention(case, sequence, abi.BFLOAT16)
+            assert_close(output, exact, error_limit(device, abi.BFLOAT16), case)
+            assert_close(other, exact, error_limit(device, abi.BFLOAT16), case)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
@@ -128,13 +147,18 @@ def test_limits(gpu: CUDADevice) -> None:
     assert 1e12 < gpu.multiply_limit(abi.FLOAT32) < 1e15
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
+@pytest.mark.parametrize("settings", [{}, {"RILL_CUDA_HOPPER": "1"}], ids=["", "wgmma"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(gpu: CUDADevice, tool: str, settings: dict[str, str]) -> None:
+    """A prompt of more than one tile, and some tokens."""
+    if settings and not gpu.driver.hopper:
+        pytest.skip("this GPU is no Hopper")
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("no compute-sanitizer")
     program = "from engine import LLM, SamplingParams as S; " \
-              "print(LLM('models/tiny-qwen3', device='cuda').generate('Once', S(max_tokens=4)).text)"  # fmt: skip
+              "print(LLM('models/tiny-qwen3', device='cuda').generate('Once ' * 99, S(max_tokens=4)).text)"  # fmt: skip
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | settings
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -162,7 +162,18 @@ def test_a_gpu_that_no_prebuilt_kernel_suits(place: Place, monkeypatch: pytest.M
 
 
 def test_hopper_gets_its_own_instructions(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And, built before or now, kernels that are of no use to others."""
+    (place.sources / "cuda" / "rope_hopper.cu").write_text("for sm_90a")
     assert "arch=compute_90a,code=sm_90a " in opened(monkeypatch, sm=(9, 0))[0].read_text()
+    assert place.compiled() == ["matmul.cu", "rope.cu", "rope_hopper.cu"]
+    assert [file.stem for file in opened(monkeypatch, sm=(10, 0))] == ["matmul", "rope"]
+    files = [*place.build_before(), place.built / "rope_hopper.fatbin"]
+    files[-1].write_text("prebuilt")
+    with (place.built / "built_from.txt").open("a") as noted:
+        source = place.sources / "cuda" / "rope_hopper.cu"
+        noted.write(f"{hashlib.sha256(source.read_bytes()).hexdigest()}  cuda/{source.name}\n")
+    assert opened(monkeypatch, sm=(9, 0)) == files
+    assert opened(monkeypatch, sm=(10, 0)) == files[:-1]
 
 
 def test_whatever_decides_the_kernels_is_in_the_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

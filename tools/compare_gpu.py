@@ -1,7 +1,8 @@
 """The cuda device's attention and products beside PyTorch's, on the same shapes and dtypes: rows with the ratio.
 
-Attention: `scaled_dot_product_attention` with FlashAttention-2 and with cuDNN, each forced. Products: `torch.matmul`,
-which is cuBLAS; where Rill has cuBLAS, its own kernel, too. Needs PyTorch with CUDA. tools.cuda_bench calls it.
+Attention: `scaled_dot_product_attention` with FlashAttention-2 and with cuDNN, each forced; on Hopper, Rill's prefill
+by mma.sync and by wgmma. Products: `torch.matmul`, which is cuBLAS; where Rill has cuBLAS, its own kernel, too. Needs
+PyTorch with CUDA. tools.cuda_bench calls it.
 """
 
 from __future__ import annotations
@@ -113,8 +114,10 @@ def torch_seconds(torch: Any, work: Callable[[], object]) -> Timed:
     return call
 
 
-def rill_attention(device: Any, case: Attention) -> Timed:
+def rill_attention(device: Any, case: Attention, hopper: bool) -> Timed:
+    device.hopper, kept = hopper, device.hopper
     rig = AttentionRig(device, case.shape, "flash", BFLOAT16, rows=case.rows)
+    device.hopper = kept
     rig.store()
     return rill_seconds(rig.plan, rig.first)
 
@@ -187,7 +190,9 @@ def compare(device: Any, torch: Any, cases: Sequence[Attention | Product]) -> It
     for case in cases:
         works: dict[str, Work]
         if isinstance(case, Attention):
-            works = {"Rill": partial(rill_attention, device, case)}
+            works = {"Rill": partial(rill_attention, device, case, False)}
+            if device.driver.hopper and case.rows > 1:
+                works["Rill by wgmma"] = partial(rill_attention, device, case, True)
             works |= {f"PyTorch {backend}": partial(torch_attention, torch, case, backend) for backend in BACKENDS}
         else:
             works = {"Rill": partial(rill_product, device, case, device.cublas)}

@@ -30,7 +30,7 @@ GPU = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm
 
 def programs(model: str, results: Path) -> dict[str, str]:
     """File to keep what it prints in -> arguments of a module, after settings of the environment. mpi4py's run on two
-    ranks."""
+    ranks; what asks for Hopper's kernels fails on other GPUs, and is noted."""
     benchmark = f"demo.benchmark {model} --method cuda -o json"
     prefill = f"{benchmark} --phase prefill -p 512,2048"
     decode = f"{benchmark} --phase decode -n 128 -d 0,4096 -b 1,8"
@@ -41,6 +41,7 @@ def programs(model: str, results: Path) -> dict[str, str]:
         "cuda-decode.json": decode,
         "cuda-decode-unfused.json": f"RILL_CUDA_FUSION=0 {decode}",
         "cuda-prefill.json": prefill,
+        "cuda-prefill-hopper.json": f"RILL_CUDA_HOPPER=1 {prefill}",
         "cuda-prefill-own.json": f"RILL_CUBLAS=0 {prefill}",
         "cuda-decode-quantised.json": quantised,
         "cuda-decode-quantised-unfused.json": f"RILL_CUDA_FUSION=0 {quantised}",

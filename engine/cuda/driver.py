@@ -14,6 +14,7 @@ import numpy as np
 from engine import abi
 from engine.cuda.cublas import CuBLAS, open_cublas
 from engine.cuda.device_array import Memory
+from engine.cuda.hopper import encode
 from engine.cuda.kernels import built_kernels, find_nvcc, prebuilt_kernels
 from engine.cuda.launches import Launch
 from engine.device import ALONE, Place
@@ -26,6 +27,7 @@ class Driver(Memory, Protocol):
     description: str
     records: bool  # whether launches can be recorded and replayed as one
     cublas: CuBLAS | None
+    hopper: bool  # whether it is a GPU with wgmma and TMA
 
     def free_memory(self) -> int: ...
     def fill(self, address: int, byte: int, size: int) -> None: ...
@@ -92,7 +94,8 @@ class PyCUDADriver:
         self._enter()
         major, minor = gpu.compute_capability()
         self.description = f"{gpu.name()} (sm_{major}{minor})"
-        self.modules = self._load("90a" if (major, minor) == (9, 0) else f"{major}{minor}")
+        self.hopper = (major, minor) == (9, 0)
+        self.modules = self._load("90a" if self.hopper else f"{major}{minor}")
         self.stream = cuda.Stream()
         self.functions: dict[str, Any] = {}
         self.allocations: dict[int, Any] = {}
@@ -127,7 +130,7 @@ class PyCUDADriver:
     def _load(self, arch: str) -> list[Any]:
         """The prebuilt kernels; where they are missing, stale or of no use to this GPU, those of its own."""
         try:
-            return self._open(prebuilt_kernels())
+            return self._open(prebuilt_kernels(arch))
         except self.cuda.Error as error:
             reason = (f"no cuda device: no kernels for this GPU (sm_{arch}, {error}); build them for it: "
                       f"make CUBINS={arch} cuda")  # fmt: skip
@@ -226,6 +229,8 @@ class PyCUDADriver:
         function = self.functions[launch.kernel]
         if launch.shared > 48 << 10:  # more than every kernel may have by itself
             function.set_attribute(self.cuda.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared)
+        if launch.map:
+            arguments = encode(abi.ffi.dlopen("libcuda.so.1"), launch.map) + arguments
         function.prepare([f"{len(arguments)}s"])
         block = (launch.threads, 1, 1)
         return lambda: function.prepared_async_call(launch.grid, block, self.stream, arguments,

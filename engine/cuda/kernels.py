@@ -29,10 +29,11 @@ USUAL_HOME = "/usr/local/cuda"
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")  # what nvcc adds to its command line by itself
 
 
-def prebuilt_kernels() -> list[Path]:
-    """What `make cuda` built. Raises RillError where there is nothing, or where it is of other sources than these."""
+def prebuilt_kernels(arch: str) -> list[Path]:
+    """What `make cuda` built that is of use to an architecture ("90a"). Raises RillError where there is nothing, or
+    where it is of other sources than these."""
     folder = abi.LIBRARIES / "cuda"
-    files = sorted(folder.glob("*.fatbin"))
+    files = sorted(file for file in folder.glob("*.fatbin") if is_for(file, arch))
     if not files:
         raise RillError("no cuda device: its kernels have not been built (`make cuda`, which needs nvcc)")
     digests = _digests()
@@ -41,6 +42,11 @@ def prebuilt_kernels() -> list[Path]:
     if not (sources <= built_from.keys() and built_from.items() <= digests.items()):
         raise RillError("no cuda device: its kernels were built from other sources: run `make cuda`")
     return files
+
+
+def is_for(file: Path, arch: str) -> bool:
+    """Whether a source, or what was built of it, is for an architecture; native/cuda/build.mk has the same rule."""
+    return arch == "90a" or not file.stem.endswith("_hopper")
 
 
 def _noted(file: Path) -> dict[str, str]:
@@ -94,7 +100,7 @@ def built_kernels(nvcc: Path, arch: str) -> list[Path]:
     reason where that fails."""
     try:
         folder = cache_directory() / "cuda" / _key(nvcc, arch)
-        sources = sorted((abi.SOURCES / "cuda").glob("*.cu"))
+        sources = sorted(file for file in (abi.SOURCES / "cuda").glob("*.cu") if is_for(file, arch))
         files = [folder / f"{source.stem}.fatbin" for source in sources]
         missing = [(source, file) for source, file in zip(sources, files, strict=True) if not file.exists()]
         if missing:

@@ -21,9 +21,20 @@ DTYPES = {n.DTYPE_F32: "f32", n.DTYPE_BF16: "bf16", n.DTYPE_F16: "f16", n.DTYPE_
 FLASH_WIDTHS = (64, 96, 128, 256)  # head_dim rounded up: the kernels that there are
 
 
+class TensorMap(NamedTuple):
+    """A matrix of bf16 in the GPU's memory, its rows `stride` bytes apart, and the boxes that Hopper copies of it."""
+
+    address: int
+    rows: int
+    columns: int
+    stride: int
+    box_rows: int
+    box_columns: int
+
+
 class Launch(NamedTuple):
     """A kernel, its blocks, the threads of each, its dynamic shared memory; `share` bytes of scratch for each piece of
-    work as the kernel cuts it, of which there are `shares`."""
+    work as the kernel cuts it, of which there are `shares`; what it takes before its arguments, if anything."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -31,6 +42,7 @@ class Launch(NamedTuple):
     shared: int = 0
     share: int = 0
     shares: int = 0
+    map: TensorMap | None = None
 
 
 def rmsnorm(op: Any, rows: int) -> list[Launch]:
@@ -97,8 +109,14 @@ def attention(op: Any, rows: int) -> list[Launch]:
     return [Launch(f"attention_{DTYPES[op.kv_dtype]}", (blocks, 1, 1), threads, share=share, shares=blocks)]
 
 
+def in_tiles(op: Any, rows: int) -> bool:
+    """Whether attention is for the kernels that multiply tiles of rows by pages."""
+    fits = op.kv_dtype == n.DTYPE_BF16 and op.head_dim <= max(FLASH_WIDTHS)
+    return bool(rows > n.SPLIT_ROWS and fits and not op.sink)
+
+
 def flash_attention(op: Any, rows: int) -> list[Launch]:
-    if rows <= n.SPLIT_ROWS or op.kv_dtype != n.DTYPE_BF16 or op.head_dim > max(FLASH_WIDTHS) or op.sink:
+    if not in_tiles(op, rows):
         return split_attention(op, rows)
     width = min(width for width in FLASH_WIDTHS if width >= op.head_dim)
     shared = 3 * n.QUERIES * (width + n.LINE // 2) * 2  # queries, keys and values

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from engine import abi
-from engine.cuda import cublas, launches
+from engine.cuda import cublas, hopper, launches
 from engine.cuda.cublas import Gemm
 from engine.cuda.fusion import Group, find_groups
 from engine.cuda.launches import Launch
@@ -45,7 +45,7 @@ class CUDAProgram(Program):
         self.counts = list({node.rows: None for node in plan.nodes})
         self.mirrors = {device.mirrors[t] for node in plan.nodes for t in [*node.tensors.values(), node.rows]
                         if t in device.mirrors}  # fmt: skip
-        self.cublas = device.cublas
+        self.cublas, self.hopper = device.cublas, device.hopper
         self.scratch = device.scratch(max(self._scratch_bytes(), 1))
         collectives = [node for node in plan.nodes if node.op.collective]
         self.max_recorded = MAX_RECORDED * (1 + len(collectives))
@@ -69,6 +69,8 @@ class CUDAProgram(Program):
         name, struct = self.nodes[index].op.name, self.structs[index]
         if self.cublas and name == "matmul" and cublas.takes(struct, rows):
             return cublas.matmul(struct, rows)
+        if self.hopper and hopper.takes(name, struct, rows):
+            return [*hopper.flash_attention(struct, rows)]
         found: list[Launch | Gemm] = getattr(launches, name)(struct, rows)
         return found
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine import abi, machine
-from engine.cuda import launches
+from engine.cuda import hopper, launches
 from engine.cuda.arena import STAGED, StagedArena
 from engine.cuda.device_array import Allocation, DeviceArray
 from engine.cuda.driver import open_driver
@@ -57,13 +57,17 @@ class Mirror:
 
 class CUDADevice(Device):
     """fuses: whether plans lowered from now on have some nodes launched together (engine/cuda/fusion.py); not where the
-    environment has RILL_CUDA_FUSION=0. cublas: what multiplies many rows in them; None: our own kernels."""
+    environment has RILL_CUDA_FUSION=0. cublas: what multiplies many rows in them; None: our own kernels. hopper:
+    whether attention of many rows is by what only Hopper has (engine/cuda/hopper.py)."""
 
     type = "cuda"
 
     def __init__(self, driver: Driver) -> None:
         self.fuses = os.environ.get("RILL_CUDA_FUSION", "") != "0"
         self.driver, self.description, self.cublas = driver, driver.description, driver.cublas
+        self.hopper = hopper.wanted(driver)
+        if self.hopper:
+            self.description += ", attention by wgmma"
         self.stop, self.notes, self.details = False, [], []
         self.control = DeviceArray(Allocation(driver, abi.ffi.sizeof("struct control")), (3,), np.dtype(np.int32))
         self.control[:] = 0

@@ -1,7 +1,8 @@
 # Builds the kernels. Run it through `make cuda` or `make emulation`, from the root.
 #
 #   cuda       $(LIBRARIES)/cuda/<source>.fatbin, where nvcc is found: machine code for each of CUBINS, and PTX for
-#              later GPUs, of which the driver takes what suits; built_from.txt has the digests of the sources
+#              later GPUs, of which the driver takes what suits, and of <source>_hopper.cu for sm_90a alone;
+#              built_from.txt has the digests of the sources
 #   emulation  build/cuda/libcuda_emulation.so: the same sources by the host's C++ compiler, for tests;
 #              libcublas_emulation.so beside it: what they call of cuBLAS
 # engine/cuda/kernels.py, which builds at first use what is not built here, looks in the same places.
@@ -18,10 +19,11 @@ HEADERS := $(wildcard native/cuda/*.h native/cuda/*.cuh) native/abi.h native/dra
 .PHONY: cuda emulation
 .DELETE_ON_ERROR:
 
-NVCC_FLAGS := -optf native/cuda/nvcc.flags -Inative -Inative/cuda -Werror all-warnings \
-              $(foreach arch,$(CUBINS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
-              $(foreach arch,$(PTX),-gencode arch=compute_$(arch),code=compute_$(arch)) $(NVCCFLAGS)
-FATBINS := $(NAMES:%=$(LIBRARIES)/cuda/%.fatbin)
+NVCC_FLAGS := -optf native/cuda/nvcc.flags -Inative -Inative/cuda -Werror all-warnings $(NVCCFLAGS)
+machine_code = $(foreach arch,$(1),-gencode arch=compute_$(arch),code=sm_$(arch))
+TARGETS := $(call machine_code,$(CUBINS)) $(foreach arch,$(PTX),-gencode arch=compute_$(arch),code=compute_$(arch))
+BUILT := $(if $(filter 90a,$(CUBINS)),$(NAMES),$(filter-out %_hopper,$(NAMES)))
+FATBINS := $(BUILT:%=$(LIBRARIES)/cuda/%.fatbin)
 
 ifeq (,$(NVCC))
 cuda:
@@ -29,16 +31,17 @@ cuda:
 else
 cuda: $(FATBINS)
 	@cd $(LIBRARIES)/cuda && for file in *.fatbin; do \
-	    case ' $(NAMES:%=%.fatbin) ' in *" $$file "*) ;; *) rm -f $$file ;; esac; done
+	    case ' $(BUILT:%=%.fatbin) ' in *" $$file "*) ;; *) rm -f $$file ;; esac; done
 	@(cd native && sha256sum $(patsubst native/%,%,$(SOURCES) $(HEADERS)) cuda/nvcc.flags) >$(LIBRARIES)/cuda/built_from.txt
 endif
 
 $(LIBRARIES)/cuda/%.fatbin: native/cuda/%.cu $(HEADERS) native/cuda/nvcc.flags native/cuda/build.mk
 	@mkdir -p $(@D) && echo 'cuda: $<'
-	@$(NVCC) $(NVCC_FLAGS) -fatbin $< -o $@
+	@$(NVCC) $(NVCC_FLAGS) $(TARGETS) -fatbin $< -o $@
+$(LIBRARIES)/cuda/%_hopper.fatbin: TARGETS := $(call machine_code,90a)
 
 CXX_FLAGS := -std=c++17 -Inative -Inative/cuda -O2 -fPIC -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas $(CXXFLAGS)
-OBJECTS := $(NAMES:%=$(BUILD)/%.o) $(BUILD)/emulation.o
+OBJECTS := $(NAMES:%=$(BUILD)/%.o) $(BUILD)/emulation.o $(BUILD)/emulated_hopper.o
 
 emulation: $(BUILD)/libcuda_emulation.so $(BUILD)/libcublas_emulation.so
 

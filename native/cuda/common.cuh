@@ -80,6 +80,13 @@ DEVICE float warp_max(float x, int lanes = WARP)
     return x;
 }
 
+DEVICE int warp_most(int x)
+{
+    for (int step = WARP / 2; step > 0; step /= 2)
+        x = max_of(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
+
 /* Of all threads of a block, in whole warps; every thread gets the result. */
 DEVICE float block_sum(float x)
 {

@@ -96,17 +96,23 @@ static void prepare(thread &t, void (*run)())
 }
 #endif
 
-static void stop(const char *why)
+void stop(const char *why)
 {
     error = error ? error : why;
     leave(*self); /* for good: the dispatcher resumes nobody after an error */
 }
 
-static void yield()
+void yield()
 {
     if (++idle > 4 * (int64_t)threads.size())
         stop("threads wait for each other for ever");
     leave(*self);
+}
+
+void progress()
+{
+    idle = 0;
+    arrivals++;
 }
 
 static void release(barrier &b)
@@ -118,8 +124,7 @@ static void release(barrier &b)
 static void wait(barrier &b)
 {
     unsigned epoch = b.epoch;
-    idle = 0;
-    arrivals++;
+    progress();
     if (++b.arrived == b.members)
         release(b);
     while (b.epoch == epoch)
@@ -134,6 +139,7 @@ void wait_for_warp()
     wait(self->warp->barrier);
 }
 
+int thread_number() { return self->number; }
 int lane() { return self->number % LANES; }
 
 const char *exchange(const void *mine, size_t size)
@@ -189,8 +195,7 @@ static void run_thread()
     kernel(arguments);
     if (!self->copies.empty())
         error = error ? error : "a thread ended without waiting for its copies";
-    idle = 0;
-    arrivals++;
+    progress();
     self->finished = true;
     leave_barrier(block_barrier);
     leave_barrier(self->warp->barrier);
@@ -232,6 +237,7 @@ static void run_block(bool backwards)
     for (int w = 0; w < (int)warps.size(); w++)
         warps[w].barrier = {0, std::min((int)LANES, count - w * LANES), 0};
     block_barrier = {0, count, 0};
+    begin_block_on_hopper(count);
     idle = 0;
     for (int i = 0; i < count; i++) {
         thread &t = threads[i];
@@ -252,6 +258,7 @@ static void run_block(bool backwards)
                     }
                 }
             }
+    error = error ? error : end_block_on_hopper();
 }
 
 } // namespace emulation

@@ -37,6 +37,12 @@ void wait_for_warp();
 enum { SLOT = 32 };
 const char *exchange(const void *mine, size_t size);
 int lane();
+int thread_number(); /* in its block */
+void yield();        /* a turn for the others; reported where nobody gets anywhere any more */
+void progress();     /* somebody did */
+void stop(const char *why);
+void begin_block_on_hopper(int count);
+const char *end_block_on_hopper(); /* what is amiss, or NULL */
 void add_copy(void *to, const void *from, int bytes);
 void end_copies();
 void finish_copies(int but);
@@ -78,6 +84,7 @@ static inline int atomicCAS(int *at, enum status expected, int x) { return atomi
 
 static inline float bits_to_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline uint32_t float_to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
+static inline float power_of_two(float x) { return exp2f(x); }
 static inline float bf16_to_f32(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
 
 static inline float f16_to_f32(uint16_t x)

@@ -9,6 +9,14 @@
 
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
+/* 2 to the power of x, to a few units in the last place; 0 where it would be subnormal. */
+DEVICE float power_of_two(float x)
+{
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+
 DEVICE float f16_to_f32(uint16_t x)
 {
     float f;

@@ -14,6 +14,9 @@ enum {
     RANGE = 1024,          /* keys of a range of it */
     SPLIT_ROWS = 16,       /* rows of a step up to which their ranges are shared out */
     QUERIES = 64,          /* rows to a tile of flash attention; its keys are a page's */
+    HOPPER_QUERIES = 128,  /* rows to a tile of it on Hopper */
+    HOPPER_THREADS = 384,  /* of a block of it there: three warpgroups */
+    HOPPER_TILES = 8,      /* pages of keys or of values that a block has room for */
     MEASURE_BLOCKS = 2112, /* of what is timed to know a GPU's limits: every processor is full several times */
     GROUP = 128            /* ids whose weights are added up before the others' */
 };
