@@ -23,7 +23,7 @@ FLASH_WIDTHS = (64, 96, 128, 256)  # head_dim rounded up: the kernels that there
 
 class Launch(NamedTuple):
     """A kernel, its blocks, the threads of each, its dynamic shared memory; `share` bytes of scratch for each piece of
-    work as the kernel cuts it, of which there are `shares`."""
+    work as the kernel cuts it, of which there are `shares`. together: its blocks wait for each other."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -31,14 +31,15 @@ class Launch(NamedTuple):
     shared: int = 0
     share: int = 0
     shares: int = 0
+    together: bool = False
 
 
 def rmsnorm(op: Any, rows: int) -> list[Launch]:
-    return [Launch("rmsnorm", (rows * op.groups, 1, 1), threads_for(op.weight_width))]
+    return [Launch("rmsnorm", (rows * op.groups, 1, 1), min(threads_for(op.weight_width), n.THREADS))]
 
 
 def add_rmsnorm(op: Any, rows: int) -> list[Launch]:
-    return [Launch("add_rmsnorm", (rows, 1, 1), threads_for(op.weight_width))]
+    return [Launch("add_rmsnorm", (rows, 1, 1), min(threads_for(op.weight_width), n.THREADS))]
 
 
 def embedding(op: Any, rows: int) -> list[Launch]:
