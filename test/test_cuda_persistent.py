@@ -21,6 +21,7 @@ from engine.device.cuda import CUDADevice
 from engine.errors import RillError
 from engine.layer import matrix, vector
 from engine.ops.embedding import embedding
+from engine.ops.matmul import matmul
 from engine.ops.rmsnorm import rmsnorm
 from tools.golden_cases import CASES
 
@@ -183,7 +184,7 @@ def test_ranges_of_a_long_cache(dtype: np.dtype, device: CUDADevice, monkeypatch
 
 
 class Chain:
-    """Embedding and two norms of its rows, on a device of its own."""
+    """Embedding, a product of normed rows, and a norm, on a device of its own."""
 
     def __init__(self, driver: EmulatedDriver, persists: bool = True, width: int = 96, vocabulary: int = 7) -> None:
         self.device = CUDADevice(driver)
@@ -192,11 +193,12 @@ class Chain:
         self.bench = bench = Bench(self.device, rows=2)
         table, norm = matrix("table", [normal(rng, vocabulary, width)]), vector("norm", normal(rng, width))
         self.token = bench.row_input(np.array([1, 2], np.int32))
-        x, y = (bench.plan.new(width, self.token, name) for name in "xy")
-        out = bench.output(width)
+        x, y, z = (bench.plan.new(width, self.token, name) for name in "xyz")
+        out, weight = bench.output(width), matrix("w", [normal(rng, width, width)])
         bench.record(embedding, token=self.token, table=table, out=x, vocab_size=vocabulary, first_id=0, ids=vocabulary)
         bench.record(rmsnorm, x=x, weight=norm, out=y, groups=1, eps=1e-5)
-        bench.record(rmsnorm, x=y, weight=norm, out=out, groups=1, eps=1e-5)
+        bench.record(matmul, x=y, weight=weight, bias=None, out=z)
+        bench.record(rmsnorm, x=z, weight=norm, out=out, groups=1, eps=1e-5)
         self.out = out
         bench.plan.lower()
 
@@ -214,7 +216,7 @@ def test_a_token_outside_the_vocabulary() -> None:
     with pytest.raises(TokenError, match="row 1 "):
         chain.run(3, 7)
     assert_same_bits(chain.run(1, 2), expected, "the next replay starts afresh")
-    assert set(launched(chain.device.driver)) == {"persistent_bf16"}
+    assert set(launched(chain.device.driver)) == {"persistent_f32"}
 
 
 @needs_emulation
@@ -229,7 +231,7 @@ def test_a_cancelled_step_is_run_again() -> None:
     first = chain.run(1, 2)
     for _ in range(3):
         assert_same_bits(chain.run(1, 2), first, "recorded")
-    assert launched(driver) == ["persistent_bf16"] * 4 and driver.replays == 3
+    assert launched(driver) == ["persistent_f32"] * 4 and driver.replays == 3
 
 
 @needs_emulation
@@ -238,7 +240,7 @@ def test_steps_of_other_shapes_have_lists_of_their_own() -> None:
     apart, merged = Chain(EmulatedDriver(library()), persists=False), Chain(RecordingDriver())
     for tokens in [(1,), (2, 3), (4,), (5, 6), (1,), (2, 2)]:
         assert_same_bits(merged.run(*tokens), apart.run(*tokens), tokens)
-    assert set(launched(merged.device.driver)) == {"persistent_bf16"}
+    assert set(launched(merged.device.driver)) == {"persistent_f32"}
 
 
 @needs_emulation

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from engine.cuda.program import Bound
     from engine.device.cuda import CUDADevice
 
+    Bind = Callable[..., Bound | None]
+
 # Weights -> cache, of the kernels that there are: native/cuda/persistent_<weights>.cu.
 CACHE_OF = {"f32": "f32", "bf16": "bf16", "f16": "f16", "i8": "bf16", "i4": "bf16"}
 STORED = {code: dtype for dtype, code in abi.DTYPE_CODES.items()}
@@ -53,31 +55,33 @@ def stage_of(launch: Any, structs: tuple[Any, ...]) -> Stage | None:
 
 
 class Persistent:
-    """Merges the launches of a program. bind: makes a launch of it."""
+    """Merges the launches of a program."""
 
-    def __init__(self, device: CUDADevice, bind: Callable[..., Bound | None]) -> None:
-        self.device, self.bind = device, bind
+    def __init__(self, device: CUDADevice) -> None:
+        self.device = device
         self.barrier = device.zeroed(4)
         self.lists: list[DeviceArray] = []  # recorded launches read them, too
 
-    def merge(self, launches: Iterable[Bound]) -> list[Callable[[], None]]:
-        """What makes all these launches, in order."""
+    def merge(self, launches: Iterable[Bound], bind: Bind) -> list[Callable[[], None]]:
+        """What makes all these launches, in order. bind: makes the program's launches."""
         calls: list[Callable[[], None]] = []
         run: list[tuple[Bound, Stage]] = []
         kernels = frozenset(CACHE_OF)  # that have all stages of the run
         for bound in launches:
             stage = stage_of(bound.launch, bound.structs)
             if stage is None or not kernels & stage.kernels:
-                calls += self._calls(run, kernels)
+                calls += self._calls(run, kernels, bind)
                 run, kernels = [], frozenset(CACHE_OF)
             if stage is None or not stage.kernels:
                 calls.append(bound.call)
             else:
                 run.append((bound, stage))
                 kernels &= stage.kernels
-        return calls + self._calls(run, kernels)
+        return calls + self._calls(run, kernels, bind)
 
-    def _calls(self, run: Sequence[tuple[Bound, Stage]], kernels: frozenset[str]) -> list[Callable[[], None]]:
+    def _calls(
+        self, run: Sequence[tuple[Bound, Stage]], kernels: frozenset[str], bind: Bind
+    ) -> list[Callable[[], None]]:
         """One launch for all stages of a run, where that is fewer and the GPU can."""
         kernel = f"persistent_{min(kernels)}"
         blocks = self.device.driver.blocks_together(kernel) if len(run) > 1 else 0
@@ -89,7 +93,7 @@ class Persistent:
         struct = abi.ffi.new("struct persistent *")
         struct.stages = abi.ffi.cast("struct stage *", self.lists[-1].address)
         struct.barrier, struct.count = abi.ffi.cast("uint32_t *", self.barrier.address), len(run)
-        merged = self.bind(Launch(kernel, (blocks, 1, 1), n.THREADS, together=True), struct)
+        merged = bind(Launch(kernel, (blocks, 1, 1), n.THREADS, together=True), struct)
         return [merged.call] if merged else []
 
 

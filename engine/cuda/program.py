@@ -62,7 +62,7 @@ class CUDAProgram(Program):
             self.driver.staging(max(map(exchanged_bytes, collectives)))
         self.alone: dict[tuple[int, int], Piece] = {}  # (node, rows) -> piece
         self.fused: dict[tuple[int, int], list[Piece]] = {}  # (first node of a group, rows) -> pieces
-        self.persistent = Persistent(device, self._bind) if device.persists else None
+        self.persistent = Persistent(device) if device.persists else None
         self.merged: dict[Any, list[Callable[[], None]]] = {}  # by shapes of steps
         self.met: set[Any] = set()  # shapes of steps that have been seen once
         self.recorded: dict[Any, Callable[[], None]] = {}
@@ -153,7 +153,7 @@ class CUDAProgram(Program):
             return (each.call for each in bound)
         key = (first, last, *rows.values())
         if key not in self.merged:
-            self.merged[key] = self.persistent.merge(bound)
+            self.merged[key] = self.persistent.merge(bound, self._bind)
         return self.merged[key]
 
     def _launch(self, calls: Iterable[Callable[[], None]]) -> None:
