@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -128,13 +129,15 @@ def test_limits(gpu: CUDADevice) -> None:
     assert 1e12 < gpu.multiply_limit(abi.FLOAT32) < 1e15
 
 
+@pytest.mark.parametrize("persistent", ["0", "1"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
+def test_compute_sanitizer(tool: str, persistent: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("no compute-sanitizer")
     program = "from engine import LLM, SamplingParams as S; " \
               "print(LLM('models/tiny-qwen3', device='cuda').generate('Once', S(max_tokens=4)).text)"  # fmt: skip
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"RILL_CUDA_PERSISTENT": persistent}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -111,7 +111,7 @@ def test_models_give_the_bits_of_separate_launches(
     assert_same(MODELS / name, options, device.driver, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["llama-plain", "qwen3-bias", "qwen2-yarn", "qwen3-mixed-shards"])
+@pytest.mark.parametrize("name", ["qwen3-bias", "qwen2-yarn", "qwen3-mixed-shards"])
 @pytest.mark.parametrize("device", ["forwards", pytest.param("gpu", marks=pytest.mark.cuda)], indirect=True)
 def test_other_models(name: str, device: CUDADevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """f16, heads by themselves and by four, biases; weights of several dtypes, of which runs of stages end."""
@@ -120,7 +120,7 @@ def test_other_models(name: str, device: CUDADevice, monkeypatch: pytest.MonkeyP
 
 
 @needs_emulation
-@pytest.mark.parametrize("processors", [1, 2, 4])
+@pytest.mark.parametrize("processors", [1, 4])
 def test_any_number_of_blocks(processors: int, emulated: EmulatedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EmulatedDriver, "processors", processors)
     assert_same(MODELS / "tiny-qwen3", {"dtype": "int8"}, emulated, monkeypatch)
