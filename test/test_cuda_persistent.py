@@ -26,7 +26,7 @@ from engine.ops.rmsnorm import rmsnorm
 from tools.golden_cases import CASES
 
 MODELS = Path(__file__).parent.parent / "models"
-GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, logprobs=2)
 DRAWN = SamplingParams(temperature=1, seed=7, max_tokens=2, ignore_eos=True, logprobs=2)
 PROMPTS = [[5, 6], [8], [10, 11], [14]]
 ORDERS = ("forwards", "backwards", pytest.param("gpu", marks=pytest.mark.cuda))
@@ -70,12 +70,11 @@ def persistent(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
     monkeypatch.setenv("RILL_CUDA_PERSISTENT", str(int(yes)))
 
 
-def results(model: Path, options: dict[str, Any]) -> tuple[np.ndarray, list[Any]]:
-    """Logits of a prompt, and what becomes of one request, and of four at once."""
+def results(model: Path, options: dict[str, Any]) -> list[Any]:
+    """Tokens of a request, and of four at once, and their log probabilities."""
     with LLM(str(model), device="cuda", **{"max_seq_len": 64, "max_batch": 4, **options}) as llm:
-        logits = llm.logits([20, 21, 22])
-        completions = [llm.generate(PROMPTS[0], GREEDY), *llm.generate(PROMPTS, DRAWN)]
-    return logits, [(list(c.token_ids), c.logprobs) for c in completions]
+        completions = [llm.generate([20], GREEDY), *llm.generate(PROMPTS, DRAWN)]
+    return [(list(c.token_ids), c.logprobs) for c in completions]
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -90,14 +89,13 @@ def assert_same(model: Path, options: dict[str, Any], device: Any, monkeypatch: 
     """The same bits with and without persistent kernels, by fewer launches."""
     persistent(monkeypatch, False)
     launched(device)
-    expected, completions = results(model, options)
+    expected = results(model, options)
     apart = launched(device)
     persistent(monkeypatch, True)
-    found, found_completions = results(model, options)
+    found = results(model, options)
     merged = launched(device)
-    assert_same_bits(found, expected, (model.name, options))
-    assert found_completions == completions
-    assert 2 * len(merged) < len(apart) or not apart
+    assert found == expected
+    assert any(name.startswith("persistent") for name in merged) and len(merged) < len(apart) or not apart
 
 
 @pytest.mark.parametrize("name, options, device", [

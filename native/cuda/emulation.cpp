@@ -57,9 +57,9 @@ struct thread {
 #endif
 };
 
-__thread thread *self;
-__thread dim3 thread_index, block_index, block_size, grid_size;
-__thread char *dynamic_shared;
+thread *self;
+dim3 thread_index, block_index, block_size, grid_size;
+char *dynamic_shared;
 
 static thread_local std::vector<thread> threads;
 static thread_local std::vector<warp> warps;
@@ -291,7 +291,11 @@ void wait_for_change(const unsigned *word, unsigned before, unsigned bit)
         if (error || ++together.waits > 2 * (int)together.running.size())
             stop("blocks wait for each other for ever");
         std::unique_lock<std::mutex> lock(together.mutex);
+        thread *waiting = self;
+        char *shared = dynamic_shared;
+        dim3 block = block_index;
         pass_turn(lock, false);
+        self = waiting, thread_index = waiting->index, block_index = block, dynamic_shared = shared;
     }
     together.waits = 0;
 }

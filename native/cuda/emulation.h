@@ -27,9 +27,9 @@ struct alignas(16) float4 { float x, y, z, w; };
 
 namespace emulation {
 struct thread;
-extern __thread thread *self;
-extern __thread dim3 thread_index, block_index, block_size, grid_size;
-extern __thread char *dynamic_shared;
+extern thread *self;
+extern dim3 thread_index, block_index, block_size, grid_size;
+extern char *dynamic_shared;
 
 void wait_for_block();
 void wait_for_threads(int count);
