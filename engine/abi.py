@@ -38,6 +38,7 @@ LAST_POS = 2**31 - 1  # positions are int32
 
 ffi = cffi.FFI()
 ffi.cdef((SOURCES / "abi.h").read_text("utf-8"))
+STRUCTS = [name for name in ffi.list_types()[1] if name != "worker"]  # of abi.h
 constants: Any = ffi.dlopen(None)  # the enums of abi.h as attributes: constants.PAGE
 
 DTYPE_CODES = {FLOAT32: constants.DTYPE_F32, BFLOAT16: constants.DTYPE_BF16, FLOAT16: constants.DTYPE_F16,
@@ -69,8 +70,8 @@ def open_library(isa: str) -> Any:
         raise RillError(f"{path.name} is not built: run `make native` (or reinstall with a C compiler)")
     machine.allowed_cpus()
     library = ffi.dlopen(str(path), ffi.RTLD_NOW | ffi.RTLD_LOCAL)
-    for name in ffi.list_types()[1]:
-        if name != "worker" and library.struct_size(name.encode()) != ffi.sizeof(f"struct {name}"):
+    for name in STRUCTS:
+        if library.struct_size(name.encode()) != ffi.sizeof(f"struct {name}"):
             raise RillError(f"{path.name} was built from another abi.h (struct {name} differs): run `make native`")
     return library
 

@@ -35,9 +35,10 @@
 #define _mm512_add_epi32 emulated_add_epi32
 #define _mm512_add_ps emulated_add_ps
 #define _mm512_and_si512 emulated_and_si512
-#define _mm512_broadcast_i32x4 emulated_broadcast_i32x4
+#define _mm512_castps_si512 emulated_castps_si512
 #define _mm512_castsi512_ps emulated_castsi512_ps
 #define _mm512_cmp_ps_mask emulated_cmp_ps_mask
+#define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 emulated_cvtepi32_epi8
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
@@ -61,9 +62,10 @@
 #define _mm512_set1_epi32 emulated_set1_epi32
 #define _mm512_set1_epi8 emulated_set1_epi8
 #define _mm512_set1_ps emulated_set1_ps
-#define _mm512_shuffle_epi8 emulated_shuffle_epi8
 #define _mm512_shuffle_i32x4 emulated_shuffle_i32x4
+#define _mm512_slli_epi16 emulated_slli_epi16
 #define _mm512_slli_epi32 emulated_slli_epi32
+#define _mm512_srai_epi16 emulated_srai_epi16
 #define _mm512_srli_epi16 emulated_srli_epi16
 #define _mm512_storeu_ps emulated_storeu_ps
 #define _mm512_storeu_si512 emulated_storeu_si512
@@ -105,12 +107,13 @@ OF_TWO(__m512i, add_epi16)
 OF_TWO(__m512i, add_epi32)
 OF_TWO(__m512i, madd_epi16)
 OF_TWO(__m512i, maddubs_epi16)
-OF_TWO(__m512i, shuffle_epi8)
 OF_TWO(__m512i, unpacklo_epi32)
 OF_TWO(__m512i, unpackhi_epi32)
 OF_TWO(__m512i, unpacklo_epi64)
 OF_TWO(__m512i, unpackhi_epi64)
+OF_BITS(slli_epi16)
 OF_BITS(slli_epi32)
+OF_BITS(srai_epi16)
 OF_BITS(srli_epi16)
 EMULATED_INLINE __m512 _mm512_loadu_ps(const void *p) { OF_HALVES(__m512, _mm256_loadu_ps((const float *)p + 8 * i)); }
 EMULATED_INLINE __m512i _mm512_loadu_si512(const void *p)
@@ -128,11 +131,11 @@ EMULATED_INLINE void _mm512_storeu_si512(void *p, __m512i x)
         _mm256_storeu_si256((__m256i *)p + i, x.half[i]);
 }
 EMULATED_INLINE __m512 _mm512_castsi512_ps(__m512i x) { OF_HALVES(__m512, _mm256_castsi256_ps(x.half[i])); }
+EMULATED_INLINE __m512i _mm512_castps_si512(__m512 x) { OF_HALVES(__m512i, _mm256_castps_si256(x.half[i])); }
 EMULATED_INLINE __m512i _mm512_and_si512(__m512i a, __m512i b)
 {
     OF_HALVES(__m512i, _mm256_and_si256(a.half[i], b.half[i]));
 }
-EMULATED_INLINE __m512i _mm512_broadcast_i32x4(__m128i x) { OF_HALVES(__m512i, _mm256_broadcastsi128_si256(x)); }
 EMULATED_INLINE __m512 _mm512_cvtepi32_ps(__m512i x) { OF_HALVES(__m512, _mm256_cvtepi32_ps(x.half[i])); }
 EMULATED_INLINE __m512i _mm512_cvtps_epi32(__m512 x) { OF_HALVES(__m512i, _mm256_cvtps_epi32(x.half[i])); }
 EMULATED_INLINE __m512 _mm512_cvtph_ps(__m256i x)
@@ -170,6 +173,14 @@ EMULATED_INLINE __m128i _mm512_cvtepi32_epi8(__m512i x) /* the lowest byte of ea
     for (int i = 0; i < 16; i++)
         out[i] = bytes[4 * i];
     return _mm_loadu_si128((const __m128i *)out);
+}
+EMULATED_INLINE __m256i _mm512_cvtepi32_epi16(__m512i x) /* the lower half of each */
+{
+    int16_t words[32], out[16];
+    _mm512_storeu_si512(words, x);
+    for (int i = 0; i < 16; i++)
+        out[i] = words[2 * i];
+    return _mm256_loadu_si256((const __m256i *)out);
 }
 EMULATED_INLINE __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, const int from) /* two quarters of each */
 {
@@ -276,6 +287,11 @@ EMULATED_INLINE __m256i emulated_add_quads(__m256i acc, __m256i w, __m256i x)
 static inline __m512i emulated_vpdpbusd(__m512i acc, __m512i w, __m512i x)
 {
     OF_HALVES(__m512i, emulated_add_quads(acc.half[i], w.half[i], x.half[i]));
+}
+static inline __m512 emulated_vpdpwssd(__m512 acc, __m512 w, __m512 x)
+{
+    __m512i products = _mm512_madd_epi16(_mm512_castps_si512(w), _mm512_castps_si512(x));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(acc), products));
 }
 static inline __m512 emulated_vdpbf16ps(__m512 acc, __m512 a, __m512 b)
 {

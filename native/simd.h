@@ -25,6 +25,9 @@
 #include <immintrin.h>
 #define LANES 16
 #define ACCUMULATORS 24 /* vectors a tile may keep in registers */
+#ifndef ADD_DOT /* ties the accumulator to its register: gcc 12 spills it else */
+#define ADD_DOT(instruction, acc, w, x) __asm__(#instruction " %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x))
+#endif
 typedef __m512 vec;
 INLINE vec vec_load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void vec_store(float *p, vec x) { _mm512_storeu_ps(p, x); }
@@ -56,7 +59,7 @@ INLINE vec line_words(const void *p, const int part)
 INLINE vec vec_dot_words(vec w, vec x, vec acc)
 {
 #if defined(__AVX512VNNI__)
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x)); /* tied to its register as in vec_dot_bf16 */
+    ADD_DOT(vpdpwssd, acc, w, x);
     return acc;
 #else
     __m512i products = _mm512_madd_epi16(_mm512_castps_si512(w), _mm512_castps_si512(x));
@@ -87,9 +90,6 @@ INLINE void vec_round_bytes(vec x, int8_t *out) /* whole numbers of a byte each,
 {
     _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
-#ifndef ADD_DOT /* ties the accumulator to its register: gcc 12 spills it else */
-#define ADD_DOT(instruction, acc, w, x) __asm__(#instruction " %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x))
-#endif
 #if defined(__AVX512VNNI__)
 #define QUAD_WORDS(bits) ((void)(bits), 1)
 /* acc + the products of the unsigned quads in w with the signed quad at x. */

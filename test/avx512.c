@@ -42,6 +42,17 @@ void dot_quads(int32_t *acc, const uint8_t *w, const int32_t *x)
     ivec sum = ivec_dot(ivec_load(acc), ivec_load(w), x);
     memcpy(acc, &sum, sizeof sum);
 }
+/* acc + a line of quads of bytes times a quad of 16 bits, x[0 .. 4]. */
+void dot_words(int32_t *acc, const int8_t *line, const float *x)
+{
+    float words[LANES / 2];
+    vec sum;
+    vec_store_words(words, vec_load(x));
+    memcpy(&sum, acc, sizeof sum);
+    sum = vec_dot_words(line_words(line, 0), vec_set(words[0]), sum);
+    sum = vec_dot_words(line_words(line, 1), vec_set(words[1]), sum);
+    memcpy(acc, &sum, sizeof sum);
+}
 void transpose(const char *const *row, int64_t at, uint32_t *out) { transpose_units(row, at, out); }
 #ifdef HALF_QUADS
 void dot_halves(int32_t *acc, const uint8_t *w, const int32_t *x)

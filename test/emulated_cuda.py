@@ -31,6 +31,7 @@ GUARD_BYTE = 0xA5
 class EmulatedDriver:
     records = False
     hopper = True
+    processors = 3  # each has room for one block of a launch of blocks that wait for each other
 
     def __init__(self, library: Any, backwards: bool = False, cublas: bool = False) -> None:
         self.library, self.backwards = library, backwards
@@ -95,10 +96,14 @@ class EmulatedDriver:
 
         def call() -> None:
             self.launched.append(launch)
-            error = self.library.emulate(kernel, *launch.grid, launch.threads, launch.shared, held, self.backwards)
+            error = self.library.emulate(kernel, *launch.grid, launch.threads, launch.shared, held,
+                                         launch.together, self.backwards)
             assert error == abi.ffi.NULL, f"{launch}: {abi.ffi.string(error).decode()}"
 
         return call
+
+    def blocks_together(self, kernel: str) -> int:
+        return self.processors
 
     def record(self, launches: Callable[[], None]) -> Callable[[], None]:
         return launches
@@ -157,7 +162,8 @@ def library() -> Any:
     names = [kernel for source in sorted((ROOT / "native" / "cuda").glob("*.cu")) for kernel in kernels_of(source)]
     abi.ffi.cdef("".join(f"void {name}_kernel(const void *arguments);" for name in names))
     abi.ffi.cdef("""const char *emulate(void (*kernel)(const void *), uint32_t grid_x, uint32_t grid_y, uint32_t grid_z,
-                    uint32_t threads, uint32_t shared_bytes, const void *arguments, int32_t backwards);
+                    uint32_t threads, uint32_t shared_bytes, const void *arguments, int32_t together,
+                    int32_t backwards);
                     extern int emulated_status, emulated_handles, emulated_products;""")
     return abi.ffi.dlopen(str(ROOT / "build" / "cuda" / "libcuda_emulation.so"))
 
@@ -165,7 +171,7 @@ def library() -> Any:
 def kernels_of(source: Path) -> list[str]:
     """The kernels that a source defines, by themselves or for each use of KERNELS(…)."""
     text = source.read_text("utf-8")
-    names = re.findall(r"^ *KERNEL(?:_WITH_MAP)?\(([\w#]+),", text, re.M)
+    names = re.findall(r"^ *(?:KERNEL|KERNEL_WITH_MAP|ENTRY)\(([\w#]+),", text, re.M)
     parameter = re.findall(r"#define KERNELS\((\w+)", text)
     families = re.findall(r"^KERNELS\((\w+)", text, re.M)
     made = [name.split("##") for name in names if "##" in name]

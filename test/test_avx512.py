@@ -216,6 +216,16 @@ def test_dots_of_bytes_are_exact_and_wrap(functions: Any, isa: str) -> None:
         np.testing.assert_array_equal(acc, expected)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_bytes_times_words_are_exact(functions: Any, isa: str) -> None:
+    rng = np.random.default_rng(8)
+    for x in (np.array([-32768, 32767, 1, -1]), *rng.integers(-32768, 32768, (20, 4))):
+        line, acc = rng.integers(-128, 128, (LANES, 4), np.int8), rng.integers(-(2**29), 2**29, LANES, np.int32)
+        expected = acc + line.astype(np.int64) @ x
+        call(functions(isa).dot_words, acc, line, np.resize(x.astype(np.float32), LANES))
+        assert (acc == expected).all()
+
+
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa == "avx512f"])
 def test_dots_in_halves_saturate(functions: Any, isa: str) -> None:
     for seed in range(30):

@@ -147,11 +147,13 @@ def test_limits(gpu: CUDADevice) -> None:
     assert 1e12 < gpu.multiply_limit(abi.FLOAT32) < 1e15
 
 
-@pytest.mark.parametrize("settings", [{}, {"RILL_CUDA_HOPPER": "1"}], ids=["", "wgmma"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"RILL_CUDA_HOPPER": "1"}, {"RILL_CUDA_PERSISTENT": "1"}], ids=["", "wgmma", "persistent"]
+)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(gpu: CUDADevice, tool: str, settings: dict[str, str]) -> None:
     """A prompt of more than one tile, and some tokens."""
-    if settings and not gpu.driver.hopper:
+    if "RILL_CUDA_HOPPER" in settings and not gpu.driver.hopper:
         pytest.skip("this GPU is no Hopper")
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:

@@ -40,11 +40,13 @@ def programs(model: str, results: Path) -> dict[str, str]:
     return {
         "cuda-decode.json": decode,
         "cuda-decode-unfused.json": f"RILL_CUDA_FUSION=0 {decode}",
+        "cuda-decode-persistent.json": f"RILL_CUDA_PERSISTENT=1 {decode}",
         "cuda-prefill.json": prefill,
         "cuda-prefill-hopper.json": f"RILL_CUDA_HOPPER=1 {prefill}",
         "cuda-prefill-own.json": f"RILL_CUBLAS=0 {prefill}",
         "cuda-decode-quantised.json": quantised,
         "cuda-decode-quantised-unfused.json": f"RILL_CUDA_FUSION=0 {quantised}",
+        "cuda-decode-quantised-persistent.json": f"RILL_CUDA_PERSISTENT=1 {quantised}",
         "cuda-prefill-quantised.json": f"{benchmark} --dtype int8,int4 --phase prefill -p 512,2048",
         "cuda-decode-ranks.json": f"mpi4py -m {ranks} --phase decode -n 128 -b 1,8",
         "cuda-attention.md": "demo.attention --device cuda",

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine import abi
+from engine.cuda.cooperative import Cooperative, open_library
 from engine.cuda.cublas import CuBLAS, open_cublas
 from engine.cuda.device_array import Memory
 from engine.cuda.hopper import encode
@@ -46,6 +47,9 @@ class Driver(Memory, Protocol):
 
     def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
         """A launch, ready to be called."""
+
+    def blocks_together(self, kernel: str) -> int:
+        """How many blocks of THREADS threads of a kernel the GPU has room for at once."""
 
     def record(self, launches: Callable[[], None]) -> Callable[[], None]:
         """All that the call launches, as one."""
@@ -102,6 +106,8 @@ class PyCUDADriver:
         self.staged: list[tuple[np.ndarray, Any]] = []  # pinned memory, and the event that ends its copy
         self.pinned: list[Any] = []
         self.graphs = Graphs(self.stream.handle)
+        self.gpu = gpu
+        self.cooperative: Cooperative | None = None
         self.cublas: CuBLAS | None = None
         atexit.register(self.close)
         self.cublas, phrase = open_cublas(self.stream.handle, self.allocate)
@@ -146,6 +152,7 @@ class PyCUDADriver:
                             f"delete {files[0].parent}") from None  # fmt: skip
 
     def _open(self, files: Sequence[Path]) -> list[Any]:
+        self.files = files
         return [self.cuda.module_from_file(str(file)) for file in files]
 
     # Memory.
@@ -224,6 +231,8 @@ class PyCUDADriver:
 
     def bind(self, launch: Launch, arguments: bytes) -> Callable[[], None]:
         self._enter()
+        if launch.together:
+            return self._cooperative().bind(launch, arguments)
         if launch.kernel not in self.functions:
             self.functions[launch.kernel] = self._function(launch.kernel)
         function = self.functions[launch.kernel]
@@ -235,6 +244,16 @@ class PyCUDADriver:
         block = (launch.threads, 1, 1)
         return lambda: function.prepared_async_call(launch.grid, block, self.stream, arguments,
                                                     shared_size=launch.shared)  # fmt: skip
+
+    def blocks_together(self, kernel: str) -> int:
+        self._enter()
+        return self._cooperative().blocks(kernel)
+
+    def _cooperative(self) -> Cooperative:
+        if self.cooperative is None:
+            processors = self.gpu.get_attribute(self.cuda.device_attribute.MULTIPROCESSOR_COUNT)
+            self.cooperative = Cooperative(open_library(), self.files, processors, self.stream.handle)
+        return self.cooperative
 
     def record(self, launches: Callable[[], None]) -> Callable[[], None]:
         self._enter()

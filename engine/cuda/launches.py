@@ -34,7 +34,8 @@ class TensorMap(NamedTuple):
 
 class Launch(NamedTuple):
     """A kernel, its blocks, the threads of each, its dynamic shared memory; `share` bytes of scratch for each piece of
-    work as the kernel cuts it, of which there are `shares`; what it takes before its arguments, if anything."""
+    work as the kernel cuts it, of which there are `shares`; what it takes before its arguments, if anything. together:
+    its blocks wait for each other."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -43,14 +44,15 @@ class Launch(NamedTuple):
     share: int = 0
     shares: int = 0
     map: TensorMap | None = None
+    together: bool = False
 
 
 def rmsnorm(op: Any, rows: int) -> list[Launch]:
-    return [Launch("rmsnorm", (rows * op.groups, 1, 1), threads_for(op.weight_width))]
+    return [Launch("rmsnorm", (rows * op.groups, 1, 1), min(threads_for(op.weight_width), n.THREADS))]
 
 
 def add_rmsnorm(op: Any, rows: int) -> list[Launch]:
-    return [Launch("add_rmsnorm", (rows, 1, 1), threads_for(op.weight_width))]
+    return [Launch("add_rmsnorm", (rows, 1, 1), min(threads_for(op.weight_width), n.THREADS))]
 
 
 def embedding(op: Any, rows: int) -> list[Launch]:

@@ -13,6 +13,7 @@ from engine.cuda import cublas, hopper, launches
 from engine.cuda.cublas import Gemm
 from engine.cuda.fusion import Group, find_groups
 from engine.cuda.launches import Launch
+from engine.cuda.persistent import Persistent, struct_bytes
 from engine.device import Program
 from engine.plan import nbytes
 
@@ -23,12 +24,20 @@ if TYPE_CHECKING:
 MAX_RECORDED = 256  # steps of different shapes that are recorded, in each segment
 
 
+class Bound(NamedTuple):
+    """A launch, what it takes, and what makes it."""
+
+    launch: Launch | Gemm
+    structs: tuple[Any, ...]
+    call: Callable[[], None]
+
+
 class Piece(NamedTuple):
     """Launches in place of `nodes`. main: the node that their time is noted at."""
 
     nodes: range
     main: int
-    launches: list[Callable[[], None]]
+    launches: list[Bound]
 
 
 class CUDAProgram(Program):
@@ -53,6 +62,8 @@ class CUDAProgram(Program):
             self.driver.staging(max(map(exchanged_bytes, collectives)))
         self.alone: dict[tuple[int, int], Piece] = {}  # (node, rows) -> piece
         self.fused: dict[tuple[int, int], list[Piece]] = {}  # (first node of a group, rows) -> pieces
+        self.persistent = Persistent(device) if device.persists else None
+        self.merged: dict[Any, list[Callable[[], None]]] = {}  # by shapes of steps
         self.met: set[Any] = set()  # shapes of steps that have been seen once
         self.recorded: dict[Any, Callable[[], None]] = {}
 
@@ -86,25 +97,26 @@ class CUDAProgram(Program):
     def _alone(self, index: int, rows: int) -> Piece:
         key = index, rows
         if key not in self.alone:
-            calls = [self._bind(launch, self.structs[index]) for launch in self._launches(index, rows)]
-            self.alone[key] = Piece(range(index, index + 1), index, [call for call in calls if call])
+            bound = [self._bind(launch, self.structs[index]) for launch in self._launches(index, rows)]
+            self.alone[key] = Piece(range(index, index + 1), index, [each for each in bound if each])
         return self.alone[key]
 
     def _fused(self, group: Group, rows: int) -> list[Piece]:
         key = group.nodes.start, rows
         if key not in self.fused:
             bound = [(part, self._bind(part.launch(rows), *part.structs)) for part in group.parts]
-            self.fused[key] = [Piece(part.nodes, part.main, [call] if call else []) for part, call in bound]
+            self.fused[key] = [Piece(part.nodes, part.main, [each] if each else []) for part, each in bound]
         return self.fused[key]
 
-    def _bind(self, launch: Launch | Gemm, *structs: Any) -> Callable[[], None] | None:
+    def _bind(self, launch: Launch | Gemm, *structs: Any) -> Bound | None:
         """A launch, ready to be called; None where it has no blocks."""
         if isinstance(launch, Gemm):
-            return self.cublas.bind(launch, structs[0], self.scratch.address)  # type: ignore[union-attr]
+            call = self.cublas.bind(launch, structs[0], self.scratch.address)  # type: ignore[union-attr]
+            return Bound(launch, structs, call)
         if min(launch.grid) == 0:
             return None
         team = np.array([self.device.control.address, self.scratch.address, launch.share], np.uint64)  # of common.cuh
-        return self.driver.bind(launch, b"".join(bytes(abi.ffi.buffer(struct)) for struct in structs) + team.tobytes())
+        return Bound(launch, structs, self.driver.bind(launch, struct_bytes(structs) + team.tobytes()))
 
     def begin(self) -> None:
         for mirror in self.mirrors:
@@ -127,26 +139,35 @@ class CUDAProgram(Program):
             self.recorded[key]()
         elif key in self.met and self.driver.records and len(self.recorded) < self.max_recorded:
             # All of it, whatever becomes of this step: it is for later ones, too.
-            self.recorded[key] = self.driver.record(lambda: self._launch(self._pieces(first, last, rows)))
+            self.recorded[key] = self.driver.record(lambda: self._launch(self._calls(first, last, rows)))
             self.recorded[key]()
         else:
-            self._launch(takewhile(lambda _: not self.device.stop, self._pieces(first, last, rows)))
+            self._launch(takewhile(lambda _: not self.device.stop, self._calls(first, last, rows)))
             if len(self.met) >= self.max_recorded:
                 self.met.clear()
             if not self.device.stop:  # all launches have been made once, and what they load is loaded
                 self.met.add(key)
 
-    def _launch(self, pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
-            for launch in piece.launches:
-                launch()
+    def _calls(self, first: int, last: int, rows: dict[Tensor, int]) -> Iterable[Callable[[], None]]:
+        """All launches, as they are bound one after the other, or merged."""
+        bound = (each for piece in self._pieces(first, last, rows) for each in piece.launches)
+        if not self.persistent or max(rows.values()) > launches.n.FEW:
+            return (each.call for each in bound)
+        key = (first, last, *rows.values())
+        if key not in self.merged:
+            self.merged[key] = self.persistent.merge(bound, self._bind)
+        return self.merged[key]
+
+    def _launch(self, calls: Iterable[Callable[[], None]]) -> None:
+        for call in calls:
+            call()
 
     def _run_timed(self, first: int, last: int, rows: dict[Tensor, int], times: np.ndarray) -> None:
         """The nodes before and after the main one of a piece take no time, since they have none of their own."""
         pieces, marks = list(self._pieces(first, last, rows)), [self.driver.mark()]
         for piece in pieces:
-            for launch in [] if self.device.stop else piece.launches:
-                launch()
+            for bound in [] if self.device.stop else piece.launches:
+                bound.call()
             marks.append(self.driver.mark())
         at = self.driver.nanoseconds(marks)
         for piece, begin, end in zip(pieces, at, at[1:], strict=False):

@@ -57,13 +57,15 @@ class Mirror:
 
 class CUDADevice(Device):
     """fuses: whether plans lowered from now on have some nodes launched together (engine/cuda/fusion.py); not where the
-    environment has RILL_CUDA_FUSION=0. cublas: what multiplies many rows in them; None: our own kernels. hopper:
-    whether attention of many rows is by what only Hopper has (engine/cuda/hopper.py)."""
+    environment has RILL_CUDA_FUSION=0. persists: whether their launches of few rows are merged
+    (engine/cuda/persistent.py): where it has RILL_CUDA_PERSISTENT=1. cublas: what multiplies many rows in them; None:
+    our own kernels. hopper: whether attention of many rows is by what only Hopper has (engine/cuda/hopper.py)."""
 
     type = "cuda"
 
     def __init__(self, driver: Driver) -> None:
         self.fuses = os.environ.get("RILL_CUDA_FUSION", "") != "0"
+        self.persists = os.environ.get("RILL_CUDA_PERSISTENT", "") == "1"
         self.driver, self.description, self.cublas = driver, driver.description, driver.cublas
         self.hopper = hopper.wanted(driver)
         if self.hopper:
@@ -104,6 +106,10 @@ class CUDADevice(Device):
     def scratch(self, size: int) -> DeviceArray:
         """Memory for kernels to work in."""
         return self._array((size,), UINT8)
+
+    def zeroed(self, size: int) -> DeviceArray:
+        """The same, of zeros."""
+        return self._zeroed((size,), UINT8)
 
     def load(self, weights: Sequence[Weight], progress: Progress | None = None, cache: bool = False) -> None:
         arena = StagedArena(self.driver, self._place(weights))

@@ -40,8 +40,12 @@ $(LIBRARIES)/cuda/%.fatbin: native/cuda/%.cu $(HEADERS) native/cuda/nvcc.flags n
 	@$(NVCC) $(NVCC_FLAGS) $(TARGETS) -fatbin $< -o $@
 $(LIBRARIES)/cuda/%_hopper.fatbin: TARGETS := $(call machine_code,90a)
 
-CXX_FLAGS := -std=c++17 -Inative -Inative/cuda -O2 -fPIC -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas $(CXXFLAGS)
+CXX_FLAGS := -std=c++17 -Inative -Inative/cuda -O2 -fPIC -pthread -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas $(CXXFLAGS)
 OBJECTS := $(NAMES:%=$(BUILD)/%.o) $(BUILD)/emulation.o $(BUILD)/emulated_hopper.o
+
+# These have other sources in them.
+PERSISTENT := $(filter persistent_%,$(NAMES))
+$(PERSISTENT:%=$(BUILD)/%.o) $(PERSISTENT:%=$(LIBRARIES)/cuda/%.fatbin): $(filter-out native/cuda/persistent_%,$(SOURCES))
 
 emulation: $(BUILD)/libcuda_emulation.so $(BUILD)/libcublas_emulation.so
 
@@ -54,4 +58,4 @@ $(BUILD)/%.o: native/cuda/%.cpp $(HEADERS)
 $(BUILD)/libcuda_emulation.so: $(OBJECTS)
 $(BUILD)/libcublas_emulation.so: $(BUILD)/emulated_cublas.o
 $(BUILD)/lib%.so:
-	@$(CXX) -shared $^ -o $@.$$$$ && mv -f $@.$$$$ $@
+	@$(CXX) -shared -pthread $^ -o $@.$$$$ && mv -f $@.$$$$ $@

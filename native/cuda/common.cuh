@@ -26,6 +26,40 @@ struct team {
 #include "emulation.h"
 #endif
 
+/* Which block of a launch this is, or of a stage of a persistent kernel (persistent.cu), of as many threads: further ones
+ * take no part. */
+struct block {
+    struct { unsigned x, y, z; } index, grid;
+    unsigned threads;
+};
+DEVICE struct block launched_block()
+{
+    return {{blockIdx.x, blockIdx.y, blockIdx.z}, {gridDim.x, gridDim.y, gridDim.z}, blockDim.x};
+}
+
+/* KERNEL: what a block does; an entry of its own starts it, or in a persistent kernel, whoever calls it. SHARED: memory
+ * for the threads of a block; the stages of a persistent kernel have the same in turns, each when all threads are done
+ * with what it was before. */
+#define FUNCTION(name, type)                                                                             \
+    DEVICE void name([[maybe_unused]] const struct type &op, [[maybe_unused]] const struct team &team,   \
+                     [[maybe_unused]] const struct block &block)
+#ifdef PERSISTENT
+#define KERNEL(name, type, threads) FUNCTION(name, type)
+#define SHARED(name, ...)                                                                                \
+    static_assert(sizeof(__VA_ARGS__) <= sizeof shared_by_stages, "more than stages have");              \
+    sync(block);                                                                                         \
+    __VA_ARGS__ &name = *(__VA_ARGS__ *)shared_by_stages
+__shared__ uint4 shared_by_stages[(36 << 10) / LINE];
+DEVICE void sync(const struct block &block) { wait_for_threads(block.threads); }
+#else
+#define KERNEL(name, type, threads)                                                                      \
+    FUNCTION(name##_block, type);                                                                        \
+    ENTRY(name, type, threads) { name##_block(op, team, launched_block()); }                             \
+    FUNCTION(name##_block, type)
+#define SHARED(name, ...) __shared__ __VA_ARGS__ name
+DEVICE void sync(const struct block &) { __syncthreads(); }
+#endif
+
 /* Storage types, and what they hold as a float. */
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -88,17 +122,17 @@ DEVICE int warp_most(int x)
 }
 
 /* Of all threads of a block, in whole warps; every thread gets the result. */
-DEVICE float block_sum(float x)
+DEVICE float block_sum(float x, const struct block &block = launched_block())
 {
     __shared__ float part[MAX_THREADS / WARP];
     x = warp_sum(x);
     if (threadIdx.x % WARP == 0)
         part[threadIdx.x / WARP] = x;
-    __syncthreads();
+    sync(block);
     float sum = 0.0f;
-    for (unsigned i = 0; i < blockDim.x / WARP; i++)
+    for (unsigned i = 0; i < block.threads / WARP; i++)
         sum += part[i];
-    __syncthreads();
+    sync(block);
     return sum;
 }
 DEVICE float block_max(float x)

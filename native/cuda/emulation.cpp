@@ -1,6 +1,7 @@
 /* The fibres behind emulation.h. A dispatcher resumes the unfinished threads of a block: forwards, all in turn, or
  * backwards, the last block first and one warp after the other as far as it comes. Results that depend on the order betray
- * a missing barrier. */
+ * a missing barrier. Blocks run one after the other, or, where they are launched to run together, each in a thread of the
+ * host until it waits for others: then it is the next one's turn. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -8,7 +9,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "abi.h"
@@ -58,18 +61,18 @@ thread *self;
 dim3 thread_index, block_index, block_size, grid_size;
 char *dynamic_shared;
 
-static std::vector<thread> threads;
-static std::vector<warp> warps;
+static thread_local std::vector<thread> threads;
+static thread_local std::vector<warp> warps;
 static std::vector<char *> free_stacks;
-static barrier block_barrier;
-static int64_t idle;     /* turns since a thread last arrived anywhere */
-static int64_t arrivals; /* at a barrier or at the end */
+static thread_local barrier block_barrier, first_threads_barrier;
+static thread_local int64_t idle;     /* turns since a thread last arrived anywhere */
+static thread_local int64_t arrivals; /* at a barrier or at the end */
 static const char *error;
 static void (*kernel)(const void *);
 static const void *arguments;
 
 #ifdef __x86_64__
-static void *dispatcher;
+static thread_local void *dispatcher;
 extern "C" void emulation_switch(void **from, void *to);
 asm(".text\n.globl emulation_switch\n.hidden emulation_switch\nemulation_switch:\n"
     "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
@@ -84,7 +87,7 @@ static void prepare(thread &t, void (*run)())
     t.context = top - 8;
 }
 #else
-static ucontext_t dispatcher;
+static thread_local ucontext_t dispatcher;
 static void resume(thread &t) { swapcontext(&dispatcher, &t.context); }
 static void leave(thread &t) { swapcontext(&t.context, &dispatcher); }
 static void prepare(thread &t, void (*run)())
@@ -132,6 +135,14 @@ static void wait(barrier &b)
 }
 
 void wait_for_block() { wait(block_barrier); }
+void wait_for_threads(int count)
+{
+    if (first_threads_barrier.arrived == 0)
+        first_threads_barrier.members = count;
+    if (self->number >= count || count % LANES || first_threads_barrier.members != count)
+        stop("a barrier that not the first threads come to, or not all for as many");
+    wait(first_threads_barrier);
+}
 void wait_for_warp()
 {
     if (self->warp->barrier.members != LANES)
@@ -236,7 +247,7 @@ static void run_block(bool backwards)
     warps.resize((count + LANES - 1) / LANES);
     for (int w = 0; w < (int)warps.size(); w++)
         warps[w].barrier = {0, std::min((int)LANES, count - w * LANES), 0};
-    block_barrier = {0, count, 0};
+    block_barrier = {0, count, 0}, first_threads_barrier = {};
     begin_block_on_hopper(count);
     idle = 0;
     for (int i = 0; i < count; i++) {
@@ -261,27 +272,88 @@ static void run_block(bool backwards)
     error = error ? error : end_block_on_hopper();
 }
 
+/* Blocks that run together take turns. */
+static struct {
+    std::mutex mutex;
+    std::condition_variable passed;
+    std::vector<bool> running;
+    int turn, step, waits; /* whose; to whose it goes; how often since one got on */
+} together;
+
+/* Lets the next block that is still running go on. */
+static void pass_turn(std::unique_lock<std::mutex> &lock, bool end)
+{
+    int count = (int)together.running.size(), mine = together.turn;
+    together.running[mine] = !end;
+    for (int i = 0; i < count && (i == 0 || !together.running[together.turn]); i++)
+        together.turn = (together.turn + together.step + count) % count;
+    together.passed.notify_all();
+    if (!end)
+        together.passed.wait(lock, [&] { return together.turn == mine; });
+}
+
+void wait_for_change(const unsigned *word, unsigned before, unsigned bit)
+{
+    while (((*word ^ before) & bit) == 0) {
+        if (error || ++together.waits > 2 * (int)together.running.size())
+            stop("blocks wait for each other for ever");
+        std::unique_lock<std::mutex> lock(together.mutex);
+        thread *waiting = self;
+        char *shared = dynamic_shared;
+        dim3 block = block_index;
+        pass_turn(lock, false);
+        self = waiting, thread_index = waiting->index, block_index = block, dynamic_shared = shared;
+    }
+    together.waits = 0;
+}
+
+static void start_block(uint64_t b, dim3 grid, uint32_t size, uint32_t shared_bytes, bool backwards)
+{
+    std::vector<uint4> shared(shared_bytes / 16 + 1);
+    dynamic_shared = (char *)shared.data();
+    memset(dynamic_shared, 0xff, shared.size() * 16); /* NaN until it is written */
+    block_size = {size, 1, 1}, grid_size = grid;
+    block_index = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)};
+    run_block(backwards);
+}
+
+static void start_together(int count, uint32_t size, bool backwards)
+{
+    together.running.assign(count, true);
+    together.turn = backwards ? count - 1 : 0, together.step = backwards ? -1 : 1, together.waits = 0;
+    std::vector<std::thread> blocks;
+    for (int b = 0; b < count; b++)
+        blocks.emplace_back([=] {
+            std::unique_lock<std::mutex> lock(together.mutex);
+            together.passed.wait(lock, [&] { return together.turn == b; });
+            lock.unlock();
+            if (!error)
+                start_block(b, {(unsigned)count, 1, 1}, size, 0, backwards);
+            lock.lock();
+            together.waits = 0;
+            pass_turn(lock, true);
+        });
+    for (std::thread &block : blocks)
+        block.join();
+}
+
 } // namespace emulation
 
 /* Runs a kernel. Returns NULL or what went wrong. */
 extern "C" const char *emulate(void (*kernel)(const void *), uint32_t grid_x, uint32_t grid_y, uint32_t grid_z,
-                               uint32_t threads, uint32_t shared_bytes, const void *arguments, int32_t backwards)
+                               uint32_t threads, uint32_t shared_bytes, const void *arguments, int32_t together,
+                               int32_t backwards)
 {
     using namespace emulation;
     static std::mutex one_at_a_time;
     std::lock_guard<std::mutex> lock(one_at_a_time);
     if (threads < 1 || threads > 1024 || grid_y > 65535 || grid_z > 65535 || shared_bytes > (227 << 10))
         return "a launch that no GPU takes";
-    std::vector<uint4> shared(shared_bytes / 16 + 1);
-    dynamic_shared = (char *)shared.data();
     emulation::kernel = kernel, emulation::arguments = arguments, error = NULL;
-    block_size = {threads, 1, 1}, grid_size = {grid_x, grid_y, grid_z};
     uint64_t blocks = (uint64_t)grid_x * grid_y * grid_z;
-    for (uint64_t i = 0; i < blocks && !error; i++) {
-        uint64_t b = backwards ? blocks - 1 - i : i;
-        block_index = {(unsigned)(b % grid_x), (unsigned)(b / grid_x % grid_y), (unsigned)(b / grid_x / grid_y)};
-        memset(dynamic_shared, 0xff, shared.size() * 16); /* NaN until it is written */
-        run_block(backwards);
-    }
+    if (together)
+        start_together((int)blocks, threads, backwards);
+    for (uint64_t i = 0; i < blocks && !error && !together; i++)
+        start_block(backwards ? blocks - 1 - i : i, {grid_x, grid_y, grid_z}, threads, shared_bytes, backwards);
     return error;
 }

@@ -9,10 +9,10 @@
 #include <string.h>
 
 #define __device__
-#define __shared__ static
+#define __shared__ static thread_local /* blocks that run together are threads of the host */
 #define DEVICE static inline
 #define DYNAMIC_SHARED(name) char *const name = emulation::dynamic_shared
-#define KERNEL(name, type, threads)                                                                    \
+#define ENTRY(name, type, ...)                                                                         \
     static void name##_of_thread(const struct type &op, const struct team &team);                      \
     extern "C" void name##_kernel(const void *arguments)                                               \
     {                                                                                                  \
@@ -32,6 +32,8 @@ extern dim3 thread_index, block_index, block_size, grid_size;
 extern char *dynamic_shared;
 
 void wait_for_block();
+void wait_for_threads(int count);
+void wait_for_change(const unsigned *word, unsigned before, unsigned bit);
 void wait_for_warp();
 /* Gives each lane's `size` bytes to all lanes of its warp: the address of lane 0's, SLOT bytes before lane 1's. */
 enum { SLOT = 32 };
@@ -57,6 +59,13 @@ float dot_of_pairs(const char *slots, int row, int column, float (*widen)(uint16
 
 static inline void __syncthreads() { emulation::wait_for_block(); }
 static inline void __syncwarp() { emulation::wait_for_warp(); }
+static inline void __threadfence() {}
+static inline void wait_for_threads(unsigned count) { emulation::wait_for_threads((int)count); }
+static inline void wait_for_change(const unsigned *word, unsigned before, unsigned bit)
+{
+    emulation::wait_for_change(word, before, bit);
+}
+static inline void fetch_into_l2(const char *at) { (void)*(const volatile char *)at; /* there must be something */ }
 
 template <class T> static inline T __shfl_sync(unsigned, T x, int from)
 {

@@ -40,27 +40,28 @@ DEVICE struct product product_of(const struct rmsnorm_matmul_swiglu &op)
     return p;
 }
 
-template <class T, int ROWS, class Op> DEVICE void plain(const Op &op)
+template <class T, int ROWS, class Op> DEVICE void plain(const Op &op, const struct block &block)
 {
-    multiply_few<T, ROWS, typename Op::way>(product_of(op));
+    multiply_few<T, ROWS, typename Op::way>(product_of(op), block);
 }
-template <class Q, class Op> DEVICE void quantised(const Op &op)
+template <class Q, class Op> DEVICE void quantised(const Op &op, const struct block &block)
 {
-    multiply_panel<Q, typename Op::way>(product_of(op));
+    multiply_panel<Q, typename Op::way>(product_of(op), block);
 }
 
 /* The kernels of each: one row and few, by the dtype of the weight. Of quantised ones few are as fast as one. */
-#define KERNELS(op_name)                                                                      \
-    KERNEL(op_name##_one_f32, op_name, THREADS) { plain<float, 1>(op); }                      \
-    KERNEL(op_name##_one_bf16, op_name, THREADS) { plain<struct bf16, 1>(op); }               \
-    KERNEL(op_name##_one_f16, op_name, THREADS) { plain<struct f16, 1>(op); }                 \
-    KERNEL(op_name##_few_f32, op_name, THREADS) { plain<float, FEW>(op); }                    \
-    KERNEL(op_name##_few_bf16, op_name, THREADS) { plain<struct bf16, FEW>(op); }             \
-    KERNEL(op_name##_few_f16, op_name, THREADS) { plain<struct f16, FEW>(op); }               \
-    KERNEL(op_name##_few_i8, op_name, op_name::way::OUTPUTS * THREADS) { quantised<i8>(op); } \
-    KERNEL(op_name##_few_i4, op_name, op_name::way::OUTPUTS * THREADS) { quantised<i4>(op); } \
-    KERNEL(op_name##_few_u8, op_name, op_name::way::OUTPUTS * THREADS) { quantised<u8>(op); } \
-    KERNEL(op_name##_few_u4, op_name, op_name::way::OUTPUTS * THREADS) { quantised<u4>(op); }
+#define KERNELS(op_name)                                                                             \
+    KERNEL(op_name##_one_f32, op_name, THREADS) { plain<float, 1>(op, block); }                      \
+    KERNEL(op_name##_one_bf16, op_name, THREADS) { plain<struct bf16, 1>(op, block); }               \
+    KERNEL(op_name##_one_f16, op_name, THREADS) { plain<struct f16, 1>(op, block); }                 \
+    KERNEL(op_name##_few_f32, op_name, THREADS) { plain<float, FEW>(op, block); }                    \
+    KERNEL(op_name##_few_bf16, op_name, THREADS) { plain<struct bf16, FEW>(op, block); }             \
+    KERNEL(op_name##_few_f16, op_name, THREADS) { plain<struct f16, FEW>(op, block); }               \
+    KERNEL(op_name##_few_i8, op_name, op_name::way::OUTPUTS * THREADS) { quantised<i8>(op, block); } \
+    KERNEL(op_name##_few_i4, op_name, op_name::way::OUTPUTS * THREADS) { quantised<i4>(op, block); } \
+    KERNEL(op_name##_few_u8, op_name, op_name::way::OUTPUTS * THREADS) { quantised<u8>(op, block); } \
+    KERNEL(op_name##_few_u4, op_name, op_name::way::OUTPUTS * THREADS) { quantised<u4>(op, block); }
 KERNELS(matmul_add)
 KERNELS(rmsnorm_matmul)
 KERNELS(rmsnorm_matmul_swiglu)
+#undef KERNELS

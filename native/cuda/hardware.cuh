@@ -3,8 +3,21 @@
 #define HARDWARE_CUH
 
 #define DEVICE __device__ __forceinline__
-#define KERNEL(name, type, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const struct type op, const struct team team)
+#define ENTRY(name, type, ...) \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const struct type op, const struct team team)
+/* Waits until the first `count` threads of a block are here, whole warps; the others do not ask. */
+DEVICE void wait_for_threads(unsigned count) { asm volatile("barrier.sync 1, %0;" ::"r"(count) : "memory"); }
+
+/* Waits until a bit of a word is no longer what it was before, and sees what was written until then. */
+DEVICE void wait_for_change(const unsigned *word, unsigned before, unsigned bit)
+{
+    unsigned now;
+    do
+        asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+    while (((now ^ before) & bit) == 0);
+}
+DEVICE void fetch_into_l2(const char *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -181,16 +181,16 @@ template <class Piece> DEVICE void multiply_tensors(const struct product &p)
 
 /* The kernels of an op: one row, few, many, by the dtype of the weight. Of quantised ones few are as fast as one. */
 #define KERNELS(op_name)                                                                                             \
-    KERNEL(op_name##_one_f32, op_name, THREADS) { multiply_few<float, 1, alone>(product_of(op)); }                   \
-    KERNEL(op_name##_one_bf16, op_name, THREADS) { multiply_few<struct bf16, 1, alone>(product_of(op)); }            \
-    KERNEL(op_name##_one_f16, op_name, THREADS) { multiply_few<struct f16, 1, alone>(product_of(op)); }              \
-    KERNEL(op_name##_few_f32, op_name, THREADS) { multiply_few<float, FEW, alone>(product_of(op)); }                 \
-    KERNEL(op_name##_few_bf16, op_name, THREADS) { multiply_few<struct bf16, FEW, alone>(product_of(op)); }          \
-    KERNEL(op_name##_few_f16, op_name, THREADS) { multiply_few<struct f16, FEW, alone>(product_of(op)); }            \
-    KERNEL(op_name##_few_i8, op_name, THREADS) { multiply_panel<i8, alone>(product_of(op)); }                        \
-    KERNEL(op_name##_few_i4, op_name, THREADS) { multiply_panel<i4, alone>(product_of(op)); }                        \
-    KERNEL(op_name##_few_u8, op_name, THREADS) { multiply_panel<u8, alone>(product_of(op)); }                        \
-    KERNEL(op_name##_few_u4, op_name, THREADS) { multiply_panel<u4, alone>(product_of(op)); }                        \
+    KERNEL(op_name##_one_f32, op_name, THREADS) { multiply_few<float, 1, alone>(product_of(op), block); }            \
+    KERNEL(op_name##_one_bf16, op_name, THREADS) { multiply_few<struct bf16, 1, alone>(product_of(op), block); }     \
+    KERNEL(op_name##_one_f16, op_name, THREADS) { multiply_few<struct f16, 1, alone>(product_of(op), block); }       \
+    KERNEL(op_name##_few_f32, op_name, THREADS) { multiply_few<float, FEW, alone>(product_of(op), block); }          \
+    KERNEL(op_name##_few_bf16, op_name, THREADS) { multiply_few<struct bf16, FEW, alone>(product_of(op), block); }   \
+    KERNEL(op_name##_few_f16, op_name, THREADS) { multiply_few<struct f16, FEW, alone>(product_of(op), block); }     \
+    KERNEL(op_name##_few_i8, op_name, THREADS) { multiply_panel<i8, alone>(product_of(op), block); }                 \
+    KERNEL(op_name##_few_i4, op_name, THREADS) { multiply_panel<i4, alone>(product_of(op), block); }                 \
+    KERNEL(op_name##_few_u8, op_name, THREADS) { multiply_panel<u8, alone>(product_of(op), block); }                 \
+    KERNEL(op_name##_few_u4, op_name, THREADS) { multiply_panel<u4, alone>(product_of(op), block); }                 \
     KERNEL(op_name##_many_f32, op_name, THREADS) { multiply_tile<float>(product_of(op)); }                           \
     KERNEL(op_name##_many_f16, op_name, THREADS) { multiply_tile<struct f16>(product_of(op)); }                      \
     KERNEL(op_name##_many_bf16, op_name, TENSOR_THREADS) { multiply_tensors<struct bf16_piece>(product_of(op)); }    \

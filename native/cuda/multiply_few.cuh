@@ -39,32 +39,36 @@ DEVICE void add_line(const struct product &p, const uint4 *bits, int64_t at, flo
     }
 }
 
+template <int ROWS> struct squares_of_warps {
+    float part[THREADS / WARP][ROWS];
+};
 /* What each row is to be multiplied by, from the squares that the threads of a block have added up. */
-template <int ROWS> DEVICE void scale_rows(const struct product &p, const float *squares, float *scale)
+template <int ROWS>
+DEVICE void scale_rows(const struct product &p, const float *squares, float *scale, const struct block &block)
 {
-    __shared__ float part[THREADS / WARP][ROWS];
+    SHARED(shared, struct squares_of_warps<ROWS>);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         float sum = warp_sum(squares[r]);
         if (threadIdx.x % WARP == 0)
-            part[threadIdx.x / WARP][r] = sum;
+            shared.part[threadIdx.x / WARP][r] = sum;
     }
-    __syncthreads();
+    sync(block);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         float sum = 0.0f;
         for (int w = 0; w < THREADS / WARP; w++)
-            sum += part[w][r];
+            sum += shared.part[w][r];
         scale[r] = inverse_rms(sum, p.k, p.eps);
     }
 }
 
 /* One output of up to ROWS rows by a warp: the order of the sums is the same for any number of rows. Several lines of
  * the matrix are on their way at once. Warps beyond the last output read its row again, for the squares. */
-template <class T, int ROWS, class Way> DEVICE void multiply_few(const struct product &p)
+template <class T, int ROWS, class Way> DEVICE void multiply_few(const struct product &p, const struct block &block)
 {
     enum { COUNT = per_line<T>::COUNT, STEP = WARP * COUNT, TOGETHER = 4 / Way::OUTPUTS };
-    int64_t column = blockIdx.x * (int64_t)(THREADS / WARP) + threadIdx.x / WARP, size = row_bytes<T>(p.k);
+    int64_t column = block.index.x * (int64_t)(THREADS / WARP) + threadIdx.x / WARP, size = row_bytes<T>(p.k);
     int lane = threadIdx.x % WARP;
     const char *weight = p.weight + (column < p.out_width ? column : p.out_width - 1) * size;
     int64_t further = p.out_width * size; /* the second output's row */
@@ -83,7 +87,7 @@ template <class T, int ROWS, class Way> DEVICE void multiply_few(const struct pr
                 add_line<T, ROWS, Way>(p, line[t], i + t * STEP, sum, squares);
     }
     if (Way::NORMED)
-        scale_rows<ROWS>(p, squares, scale);
+        scale_rows<ROWS>(p, squares, scale, block);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         float total[Way::OUTPUTS];

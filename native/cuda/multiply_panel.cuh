@@ -80,7 +80,7 @@ DEVICE void load_line(const struct panel &panel, int index, uint4 &line, struct 
 /* A warp's part of a panel: its lines, of which several are on their way at once. */
 enum { PANEL_WARPS = THREADS / WARP }; /* that share a panel */
 template <class Q, int SHARE, class Way>
-DEVICE void add_panel(const struct product &p, int64_t index, float *sum, float &squares)
+DEVICE void add_lines(const struct product &p, int64_t index, float *sum, float &squares)
 {
     enum { TOGETHER = 4 };
     int lane = threadIdx.x % WARP, first = lane % 4 * 4;
@@ -105,41 +105,52 @@ DEVICE void add_panel(const struct product &p, int64_t index, float *sum, float 
     }
 }
 
-/* PANEL outputs of up to FEW rows by a block, which reads their panels once, THREADS threads each. The order of the sums
- * is the same for any number of rows. */
-template <class Q, class Way> DEVICE void multiply_panel(const struct product &p)
+/* PANEL outputs of up to FEW rows by a block, which reads their panels once: THREADS threads each, so many AT_ONCE. The
+ * order of the sums is the same for any number of rows. */
+template <class Way> struct sums_of_warps {
+    float part[Way::OUTPUTS][PANEL_WARPS][FEW][PANEL], squares[PANEL_WARPS][FEW];
+};
+template <class Q, class Way>
+DEVICE void add_panel(const struct product &p, int output, struct sums_of_warps<Way> &to, const struct block &block)
 {
-    __shared__ float part[Way::OUTPUTS][PANEL_WARPS][FEW][PANEL], squares_of[PANEL_WARPS][FEW];
-    int output = threadIdx.x / THREADS, warp = threadIdx.x / WARP % PANEL_WARPS, lane = threadIdx.x % WARP;
-    int64_t index = blockIdx.x + output * (p.out_width / PANEL);
+    int warp = threadIdx.x / WARP % PANEL_WARPS, lane = threadIdx.x % WARP;
+    int64_t index = block.index.x + output * (p.out_width / PANEL);
     float sum[4] = {}, squares = 0.0f;
     if (p.group >= Q::INPUTS)
-        add_panel<Q, Q::STEPS, Way>(p, index, sum, squares);
+        add_lines<Q, Q::STEPS, Way>(p, index, sum, squares);
     else if (p.group == 2 * Q::STEP)
-        add_panel<Q, 2, Way>(p, index, sum, squares);
+        add_lines<Q, 2, Way>(p, index, sum, squares);
     else
-        add_panel<Q, 1, Way>(p, index, sum, squares);
+        add_lines<Q, 1, Way>(p, index, sum, squares);
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        part[output][warp][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = sum[i];
+        to.part[output][warp][lane % 4 * 2 + i % 2][lane / 4 + i / 2 * 8] = sum[i];
     if (Way::NORMED) {
         squares = warp_sum(squares, 4);
         if (output == 0 && lane % 4 == 0)
-            squares_of[warp][lane / 4] = squares;
+            to.squares[warp][lane / 4] = squares;
     }
-    __syncthreads();
+}
+
+template <class Q, class Way, int AT_ONCE = Way::OUTPUTS>
+DEVICE void multiply_panel(const struct product &p, const struct block &block)
+{
+    SHARED(shared, struct sums_of_warps<Way>);
+#pragma unroll 1
+    for (int output = 0; output < Way::OUTPUTS; output += AT_ONCE)
+        add_panel<Q, Way>(p, output + threadIdx.x / THREADS, shared, block);
+    sync(block);
     int row = threadIdx.x / PANEL;
-    int64_t column = blockIdx.x * (int64_t)PANEL + threadIdx.x % PANEL;
+    int64_t column = block.index.x * (int64_t)PANEL + threadIdx.x % PANEL;
     if (row >= min_of(FEW, (int)p.rows) || column >= p.out_width)
         return;
-    float total[Way::OUTPUTS] = {};
-    squares = 0.0f;
+    float total[Way::OUTPUTS] = {}, squares = 0.0f;
     for (int w = 0; w < PANEL_WARPS; w++) {
 #pragma unroll
         for (int o = 0; o < Way::OUTPUTS; o++)
-            total[o] += part[o][w][row][threadIdx.x % PANEL];
+            total[o] += shared.part[o][w][row][threadIdx.x % PANEL];
         if (Way::NORMED)
-            squares += squares_of[w][row];
+            squares += shared.squares[w][row];
     }
     float scale = Way::NORMED ? inverse_rms(squares, p.k, p.eps) : 1.0f;
 #pragma unroll

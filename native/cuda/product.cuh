@@ -11,7 +11,7 @@ struct product {
     const float *bias;
     float *out;
     int64_t rows, k, x_stride, out_width, out_stride;
-    int group; /* inputs that share a scale of a quantised matrix */
+    int dtype, group; /* of the matrix; inputs that share a scale of a quantised one */
     const float *norm; /* of rows of x that are normed on the way, what their columns are multiplied by */
     float eps;
 };
@@ -26,12 +26,12 @@ struct normed_gated { enum { NORMED = 1, OUTPUTS = 2 }; };
 DEVICE struct product product_of(const struct matmul &op)
 {
     return {NULL, op.x, (const char *)op.weight, op.bias, op.out, *op.rows, op.x_width, op.x_stride, op.out_width,
-            op.out_stride, op.weight_group, NULL, 0.0f};
+            op.out_stride, op.weight_dtype, op.weight_group, NULL, 0.0f};
 }
 DEVICE struct product product_of(const struct logits &op)
 {
     return {op.row_index, op.x, (const char *)op.weight, NULL, op.out, *op.rows, op.x_width, op.x_stride, op.out_width,
-            op.out_stride, op.weight_group, NULL, 0.0f};
+            op.out_stride, op.weight_dtype, op.weight_group, NULL, 0.0f};
 }
 DEVICE const float *row_of(const struct product &p, int64_t row)
 {

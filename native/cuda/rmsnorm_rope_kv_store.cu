@@ -37,14 +37,14 @@ KERNEL(rmsnorm_rope_kv_store, rmsnorm_rope_kv_store, 2 * WARP)
 {
     const struct rope no_sink = {};
     int kv_heads = op.store.k_width / op.store.head_dim, heads = op.rope.x_width / op.store.head_dim - kv_heads;
-    int blocks = kv_heads + (heads + 1) / 2, warp = threadIdx.x / WARP; /* of a row */
-    for (int i = blockIdx.x; i < *op.rope.rows * blocks; i += gridDim.x) {
-        int row = i / blocks, block = i % blocks, query = (block - kv_heads) * 2 + warp;
-        if (block < kv_heads) {
+    int pairs = kv_heads + (heads + 1) / 2, warp = threadIdx.x / WARP; /* of a row */
+    for (int i = block.index.x; i < *op.rope.rows * pairs; i += block.grid.x) {
+        int row = i / pairs, pair = i % pairs, query = (pair - kv_heads) * 2 + warp;
+        if (pair < kv_heads) {
             if (warp == KEYS)
-                turn(op.rope, no_sink, op.k_norm, row, heads + block);
+                turn(op.rope, no_sink, op.k_norm, row, heads + pair);
             __syncwarp(); /* other lanes read what this one has rotated */
-            store_head(op.store, row, block);
+            store_head(op.store, row, pair, block);
         } else if (query < heads)
             turn(op.rope, op.sink, op.q_norm, row, query);
     }

@@ -51,18 +51,18 @@ template <class T> DEVICE void store_vector(const float *x, int width, struct pl
 /* A page is handed out when its first position is written. What an earlier sequence left in it is cleared then: its
  * unused tail is read with a weight of zero, and zero times a stale NaN is NaN. Positions that other blocks write in
  * this step are left to them. */
-template <class T> DEVICE void clear_rest(const struct kv_store &op, int64_t row, int64_t head)
+template <class T> DEVICE void clear_rest(const struct kv_store &op, int64_t row, int64_t head, const struct block &block)
 {
     __shared__ int written[PAGE];
     int64_t size = row_bytes<T>(op.head_dim);
-    for (int i = threadIdx.x; i < PAGE; i += blockDim.x)
+    for (int i = threadIdx.x; i < PAGE; i += block.threads)
         written[i] = i == 0;
-    __syncthreads();
-    for (int other = threadIdx.x; other < *op.rows; other += blockDim.x)
+    sync(block);
+    for (int other = threadIdx.x; other < *op.rows; other += block.threads)
         if (op.seq[other] == op.seq[row] && op.pos[other] / PAGE == op.pos[row] / PAGE)
             written[op.pos[other] % PAGE] = 1;
-    __syncthreads();
-    for (int i = threadIdx.x; i < 2 * PAGE; i += blockDim.x) {
+    sync(block);
+    for (int i = threadIdx.x; i < 2 * PAGE; i += block.threads) {
         if (written[i % PAGE])
             continue;
         struct place p = place_of<T>(op, row, head, i / PAGE, i % PAGE);
@@ -71,25 +71,25 @@ template <class T> DEVICE void clear_rest(const struct kv_store &op, int64_t row
         if (sizeof(T) == 1)
             *p.scale = 0.0f;
     }
-    __syncthreads();
+    sync(block);
 }
 
 /* The key and the value of a row and KV head by a block of two warps. */
-template <class T> DEVICE void store_head(const struct kv_store &op, int64_t row, int64_t head)
+template <class T> DEVICE void store_head(const struct kv_store &op, int64_t row, int64_t head, const struct block &block)
 {
     int part = threadIdx.x / WARP;
     if (op.pos[row] % PAGE == 0)
-        clear_rest<T>(op, row, head);
+        clear_rest<T>(op, row, head, block);
     const float *vector = part == KEYS ? op.k + row * op.k_stride : op.v + row * op.v_stride;
     store_vector<T>(vector + head * op.head_dim, op.head_dim, place_of<T>(op, row, head, part, op.pos[row] % PAGE));
 }
-DEVICE void store_head(const struct kv_store &op, int64_t row, int64_t head)
+DEVICE void store_head(const struct kv_store &op, int64_t row, int64_t head, const struct block &block)
 {
     switch (op.kv_dtype) {
-    case DTYPE_F32: store_head<float>(op, row, head); break;
-    case DTYPE_BF16: store_head<struct bf16>(op, row, head); break;
-    case DTYPE_F16: store_head<struct f16>(op, row, head); break;
-    default: store_head<int8_t>(op, row, head);
+    case DTYPE_F32: store_head<float>(op, row, head, block); break;
+    case DTYPE_BF16: store_head<struct bf16>(op, row, head, block); break;
+    case DTYPE_F16: store_head<struct f16>(op, row, head, block); break;
+    default: store_head<int8_t>(op, row, head, block);
     }
 }
 

@@ -41,9 +41,9 @@ DEVICE void load_vector(const char *vector, const struct walk<T, HEADS, LINES> &
 /* Takes the keys [begin, end) of a view into the softmaxes. All lanes of a warp go through every turn together. */
 template <class T, int HEADS, int LINES>
 DEVICE void walk_keys(const struct attention &op, const struct view &view, int begin, int end,
-                      struct walk<T, HEADS, LINES> &w)
+                      struct walk<T, HEADS, LINES> &w, const struct block &block)
 {
-    int groups = blockDim.x / w.lanes;
+    int groups = block.threads / w.lanes;
     for (int start = begin; start < end; start += groups) {
         int index = min_of(start + w.group, end - 1), position = position_of(view, index);
         int64_t page = page_of(op, view.row, position);
@@ -82,36 +82,39 @@ DEVICE float *partial_of(const struct attention &op, const struct team &team, in
 }
 
 /* Merges the softmaxes of a block and writes them: as a partial, or divided, where there is one range. */
+template <int HEADS, int WIDTH> struct softmaxes {
+    float max[SPLIT_THREADS][HEADS], sum[SPLIT_THREADS][HEADS], out[HEADS][SPLIT_THREADS * WIDTH];
+};
 template <class T, int HEADS, int LINES>
 DEVICE void merge_block(const struct attention &op, const struct team &team, const struct view &view,
-                        const struct walk<T, HEADS, LINES> &w)
+                        const struct walk<T, HEADS, LINES> &w, const struct block &block)
 {
     enum { WIDTH = walk<T, HEADS, LINES>::WIDTH };
-    __shared__ float max[SPLIT_THREADS][HEADS], sum[SPLIT_THREADS][HEADS], out[HEADS][SPLIT_THREADS * WIDTH];
-    int groups = blockDim.x / w.lanes, padded = w.lanes * WIDTH;
+    SHARED(of, struct softmaxes<HEADS, WIDTH>);
+    int groups = block.threads / w.lanes, padded = w.lanes * WIDTH;
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
         if (w.lane == 0)
-            max[w.group][h] = w.max[h], sum[w.group][h] = w.sum[h];
+            of.max[w.group][h] = w.max[h], of.sum[w.group][h] = w.sum[h];
 #pragma unroll
         for (int i = 0; i < WIDTH; i++)
-            out[h][w.group * padded + (w.lane + i / w.COUNT * w.lanes) * w.COUNT + i % w.COUNT] = w.out[h][i];
+            of.out[h][w.group * padded + (w.lane + i / w.COUNT * w.lanes) * w.COUNT + i % w.COUNT] = w.out[h][i];
     }
-    __syncthreads();
+    sync(block);
     for (int h = 0; h < w.heads; h++) {
         float highest = -INFINITY, total = 0.0f;
         for (int g = 0; g < groups; g++)
-            highest = fmaxf(highest, max[g][h]);
+            highest = fmaxf(highest, of.max[g][h]);
         for (int g = 0; g < groups; g++)
-            total += sum[g][h] == 0.0f ? 0.0f : sum[g][h] * exp2f(max[g][h] - highest);
-        bool whole = gridDim.z == 1;
+            total += of.sum[g][h] == 0.0f ? 0.0f : of.sum[g][h] * exp2f(of.max[g][h] - highest);
+        bool whole = block.grid.z == 1;
         float *to = whole ? op.out + view.row * op.out_stride + (w.head + h) * op.head_dim
-                          : partial_of(op, team, view.row, w.head + h, gridDim.z, blockIdx.z) + 2;
-        for (int d = threadIdx.x; d < op.head_dim; d += blockDim.x) {
+                          : partial_of(op, team, view.row, w.head + h, block.grid.z, block.index.z) + 2;
+        for (int d = threadIdx.x; d < op.head_dim; d += block.threads) {
             float value = 0.0f;
             for (int g = 0; g < groups; g++)
-                if (sum[g][h] != 0.0f)
-                    value = fmaf(out[h][g * padded + d], exp2f(max[g][h] - highest), value);
+                if (of.sum[g][h] != 0.0f)
+                    value = fmaf(of.out[h][g * padded + d], exp2f(of.max[g][h] - highest), value);
             to[d] = whole ? value / total : value;
         }
         if (!whole && threadIdx.x == 0)
@@ -119,12 +122,13 @@ DEVICE void merge_block(const struct attention &op, const struct team &team, con
     }
 }
 
-template <class T, int HEADS, int LINES> DEVICE void attend_range(const struct attention &op, const struct team &team)
+template <class T, int HEADS, int LINES>
+DEVICE void attend_range(const struct attention &op, const struct team &team, const struct block &block)
 {
     struct view view;
-    if (!sees(op, blockIdx.x, view))
+    if (!sees(op, block.index.x, view))
         return;
-    int range = gridDim.z == 1 ? view.count : (int)RANGE, begin = (int)blockIdx.z * range;
+    int range = block.grid.z == 1 ? view.count : (int)RANGE, begin = (int)block.index.z * range;
     if (begin >= view.count)
         return;
     int64_t group = op.heads / op.kv_heads, pieces = (group + HEADS - 1) / HEADS;
@@ -133,7 +137,7 @@ template <class T, int HEADS, int LINES> DEVICE void attend_range(const struct a
     for (w.lanes = 1; w.lanes < w.lines && w.lanes < WARP;)
         w.lanes *= 2;
     w.lane = threadIdx.x % w.lanes, w.group = threadIdx.x / w.lanes;
-    w.kv_head = blockIdx.y / pieces, w.head = w.kv_head * group + blockIdx.y % pieces * HEADS;
+    w.kv_head = block.index.y / pieces, w.head = w.kv_head * group + block.index.y % pieces * HEADS;
     w.heads = min_of(HEADS, (int)((w.kv_head + 1) * group - w.head));
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
@@ -145,30 +149,31 @@ template <class T, int HEADS, int LINES> DEVICE void attend_range(const struct a
     int end = min_of(begin + range, view.count), sinks = min_of(max_of(view.by_sink, begin), end);
     if (begin < sinks) {
         load_queries(op, view, true, w);
-        walk_keys(op, view, begin, sinks, w);
+        walk_keys(op, view, begin, sinks, w, block);
     }
     load_queries(op, view, false, w);
-    walk_keys(op, view, sinks, end, w);
-    merge_block(op, team, view, w);
+    walk_keys(op, view, sinks, end, w, block);
+    merge_block(op, team, view, w, block);
 }
 
-#define KERNELS(dtype, T)                                                                                           \
-    KERNEL(streaming_attention_one_##dtype, attention, SPLIT_THREADS) { attend_range<T, 1, 1>(op, team); }          \
-    KERNEL(streaming_attention_four_##dtype, attention, SPLIT_THREADS) { attend_range<T, 4, 1>(op, team); }         \
-    KERNEL(streaming_attention_wide_##dtype, attention, SPLIT_THREADS) { attend_range<T, 1, 3>(op, team); }
+#define KERNELS(dtype, T)                                                                                          \
+    KERNEL(streaming_attention_one_##dtype, attention, SPLIT_THREADS) { attend_range<T, 1, 1>(op, team, block); }  \
+    KERNEL(streaming_attention_four_##dtype, attention, SPLIT_THREADS) { attend_range<T, 4, 1>(op, team, block); } \
+    KERNEL(streaming_attention_wide_##dtype, attention, SPLIT_THREADS) { attend_range<T, 1, 3>(op, team, block); }
 KERNELS(f32, float)
 KERNELS(bf16, struct bf16)
 KERNELS(f16, struct f16)
 KERNELS(i8, int8_t)
+#undef KERNELS
 
 /* Merges the ranges of a row and head, in order. The launch is as deep as there are ranges, and each block has
  * a share of the columns. */
 KERNEL(streaming_attention_merge, attention, SPLIT_THREADS)
 {
     struct view view;
-    if (!sees(op, blockIdx.x, view))
+    if (!sees(op, block.index.x, view))
         return;
-    int64_t head = blockIdx.y, ranges = gridDim.z;
+    int64_t head = block.index.y, ranges = block.grid.z;
     int used = (view.count + RANGE - 1) / RANGE;
     float highest = -INFINITY, total = 0.0f;
     for (int i = 0; i < used; i++)
@@ -177,7 +182,7 @@ KERNEL(streaming_attention_merge, attention, SPLIT_THREADS)
         const float *part = partial_of(op, team, view.row, head, ranges, i);
         total += part[1] * exp2f(part[0] - highest);
     }
-    for (int d = blockIdx.z * blockDim.x + threadIdx.x; d < op.head_dim; d += gridDim.z * blockDim.x) {
+    for (int d = block.index.z * block.threads + threadIdx.x; d < op.head_dim; d += block.grid.z * block.threads) {
         float value = 0.0f;
         for (int i = 0; i < used; i++) {
             const float *part = partial_of(op, team, view.row, head, ranges, i);
