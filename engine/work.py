@@ -93,7 +93,7 @@ class NodeWork:
         mine = [range(max(span.start, n["from_pos"]), min(span.stop, n["until_pos"])) for span in spans]
         read = sum(positions_read(span, n["window"], n["sink"]) for span in mine)
         scores = sum(count_scores(span, n["window"], n["sink"]) for span in mine)
-        dtype = FLOAT32 if kv.dtype == INT8 else kv.dtype  # what it is multiplied as
+        dtype = FLOAT32 if kv.dtype == INT8 else kv.dtype  # as whole numbers, of which a CPU may do more
         return Work(self.position_bytes * read, operations={dtype: 4 * n["heads"] * n["head_dim"] * scores})
 
 

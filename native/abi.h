@@ -291,7 +291,8 @@ void release_threads(void);
 uint64_t read_memory(const void *data, int64_t bytes, int32_t threads, int32_t streams);
 
 /* Does `rounds` of the multiply-adds that products with weights of that dtype are made of, on all threads, in registers
- * alone: to be timed. Returns the operations, two for a multiply-add. A cache of f16 or I8 is multiplied as f32. */
+ * alone: to be timed. Returns the operations, two for a multiply-add. A cache of f16 is multiplied as f32;
+ * one of I8 as pairs of whole numbers of 16 bits, which nothing here measures. */
 int64_t multiply_in_registers(int32_t dtype, int64_t rounds, int32_t threads);
 
 /* Bytes of one head in a page of the cache, scales included. */

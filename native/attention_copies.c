@@ -1,5 +1,5 @@
-/* Copies of a block's keys and values, widened to f32, Where many queries meet a block, each
- * of its lines is widened once instead of for every few of them. The order of additions stays, and so do the bits. */
+/* Copies of a block's keys and values, widened to f32. Where many queries meet a block, each of its lines is widened once
+ * instead of for every few of them. The order of additions stays, and so do the bits. */
 #include "attention_tile.h"
 
 enum { FEWEST_STRIPS = 4 }; /* for which copying pays */

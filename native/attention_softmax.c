@@ -59,14 +59,14 @@ INLINE void store_weights(float *weights, int64_t i, vec w, int32_t dtype)
     vec_store(weights + i, w);
 }
 
-/* Weights that have been multiplied by the values' scales become words, in place. units: [parts]. */
+/* Weights that have been multiplied by the values' scales become words, in place, those that meet values. units: [parts]. */
 static void round_weights(const struct attention_tile *t, int64_t parts, float *weights, float *units)
 {
-    int64_t at = 0;
-    for (int64_t i = 0; i < parts; i++) {
-        int64_t count = t->part[i].to - t->part[i].from;
-        units[i] = round_words(weights + at, count, weights + at / 2);
-        at += count;
+    int64_t begin = 0;
+    for (const struct part *part = t->part; part < t->part + parts; part++) {
+        int64_t at = begin + part->first - part->from;
+        *units++ = round_words(weights + at, part->until - part->first, weights + at / 2);
+        begin += part->to - part->from;
     }
 }
 

@@ -3,7 +3,8 @@
  * as if the softmax had known the highest score from the start (Milakov and Gimelshein, 2018).
  *
  * A row's arithmetic does not depend on its tile: every score is one chain over head_dim, every output one chain over
- * the positions of the blocks, and what a row does not see adds exact zeros. The blocks do decide its bits. */
+ * the positions of the blocks, or over their pages where whole numbers are added up in each, and what a row does not see
+ * adds exact zeros. The blocks do decide its bits. */
 #ifndef ATTENTION_TILE_H
 #define ATTENTION_TILE_H
 
@@ -20,7 +21,7 @@ struct page_lines { const char *keys, *values; };
 /* What a strip of queries needs of a page. */
 struct part {
     int64_t page, place;           /* the page's number in the sequence, and in the block */
-    int64_t from, to;              /* positions whose keys it meets: whole panels of vectors */
+    int64_t from, to;              /* positions whose keys it meets: whole panels */
     int64_t first, until;          /* and those of them whose values it meets: whole lines */
     int64_t sinks;                 /* how many of the page's positions are sinks */
     bool only_sinks;               /* and whether they are all that is seen of it */
@@ -38,7 +39,7 @@ struct attention_tile {
     int64_t kv_head, group;        /* group: query heads to a KV head */
     int64_t queries, width;        /* rows * group; floats of a query's sums, whole panels */
     int64_t strip;                 /* queries whose scores exist at a time */
-    float *q, *q_sink;             /* [queries][q_row], as the micro-kernel takes them; last, what one of a row is worth */
+    float *q, *q_sink;             /* [queries][q_row], as the micro-kernel takes them; int8: last, a row's unit */
     int64_t q_row;
     float *scores, *sink_scores;   /* [strip][score_row], [strip][PAGE] */
     int64_t score_row;

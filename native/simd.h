@@ -66,7 +66,7 @@ INLINE vec vec_dot_words(vec w, vec x, vec acc)
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(acc), products));
 #endif
 }
-INLINE vec vec_from_words(vec sums) { return _mm512_cvtepi32_ps(_mm512_castps_si512(sums)); }
+INLINE vec vec_from_whole(vec sums) { return _mm512_cvtepi32_ps(_mm512_castps_si512(sums)); }
 INLINE void vec_store_words(void *p, vec x) /* rounded; of each quad the first and third, then the second and fourth */
 {
     __m256i words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x));
@@ -192,7 +192,7 @@ INLINE vec vec_dot_words(vec w, vec x, vec acc)
     __asm__ volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(w), "x"(x));
     return acc;
 }
-INLINE vec vec_from_words(vec sums) { return _mm256_cvtepi32_ps(_mm256_castps_si256(sums)); }
+INLINE vec vec_from_whole(vec sums) { return _mm256_cvtepi32_ps(_mm256_castps_si256(sums)); }
 INLINE void vec_store_words(void *p, vec x)
 {
     __m256i whole = _mm256_cvtps_epi32(x);
@@ -327,7 +327,7 @@ INLINE vec vec_dot_words(vec w, vec x, vec acc)
     memcpy(&acc, sums, sizeof acc);
     return acc;
 }
-INLINE vec vec_from_words(vec sums)
+INLINE vec vec_from_whole(vec sums)
 {
     int32_t whole[LANES];
     memcpy(whole, &sums, sizeof whole);

@@ -15,7 +15,7 @@ INLINE void add_words(const struct tile_product *p, const vec *acc, float *c, co
     for (int i = 0; i < rows * width; i++) {
         float *at = c + i / width * p->c_row + i % width * LANES;
         vec worth = vec_set(unit[i / width * p->unit_row]);
-        vec_store(at, vec_fma(vec_from_words(acc[i]), worth, add ? vec_load(at) : vec_set(0.0f)));
+        vec_store(at, vec_fma(vec_from_whole(acc[i]), worth, add ? vec_load(at) : vec_set(0.0f)));
     }
 }
 

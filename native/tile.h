@@ -1,6 +1,6 @@
 /* The micro-kernel that matmul and attention share: a few rows of A times a few panels of B, full depth, with every
  * sum in registers. Each output is one chain of additions in order of depth, whatever the shape of the tile around
- * it: that is what makes the bits of a row independent of the rows beside it.
+ * it: that is what makes the bits of a row independent of the rows beside it. Whole numbers are exact within a piece of B.
  *
  * B is read in lines (see simd.h). A holds, for each line, what B's kind wants:
  *   LINE_F32, LINE_F16   one float

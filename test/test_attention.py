@@ -191,6 +191,17 @@ def test_scores_of_great_magnitude(kind: str, dtype: np.dtype) -> None:
         assert_exact(AttentionRig(device, case, dtype).run_whole(data), case, data, device, dtype)
 
 
+@every_kind
+def test_whole_numbers_of_wide_heads_do_not_overflow(kind: str) -> None:
+    """Bytes and words all as large as they get: 1,024 products of 127 and 32,767 would be more than 2^31."""
+    case = AttentionCase(1, 1, 1024, (66,), scale=2**-10, kind=kind)
+    sign = np.where(np.arange(66) % 3, 1, -1).astype(np.float32)[:, None, None]
+    ones = np.ones((66, 1, 1024), np.float32)
+    data = [QKV(ones, sign * ones, normal(np.random.default_rng(5), 66, 1, 1024), np.zeros_like(ones))]
+    for device in host_devices():
+        assert_exact(AttentionRig(device, case, INT8).run_whole(data), case, data, device, INT8)
+
+
 @every_dtype
 @every_kind
 def test_scores_far_below_zero(kind: str, dtype: np.dtype) -> None:
